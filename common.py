@@ -1,0 +1,509 @@
+"""What every script shares: image datasets · the discretized mixture of logistics · metrics. Nothing else.
+
+Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are float (B, C, H, W) in [-1, 1]: the 256 levels
+0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. `from_uint8` and `to_uint8` are the only two places that know it.
+
+    B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
+"""
+
+import math
+import os
+import shutil
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+
+class UserError(Exception):
+    """A request that cannot be met. `main` prints it as one line and exits with code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels: 256 levels in [-1, 1]
+# ----------------------------------------------------------------------------------------------------------------------
+
+def from_uint8(levels):
+    """Levels 0 … 255 of any dtype -> float in [-1, 1], same shape."""
+    return levels.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float of any range -> the nearest of the 256 levels, uint8, same shape. Inverse of `from_uint8`."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def quantize(x):
+    """Float -> the nearest of the 256 grid values in [-1, 1], same shape."""
+    return from_uint8(to_uint8(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ----------------------------------------------------------------------------------------------------------------------
+
+SIZES = {"shapes": 32, "mnist": 32, "cifar10": 32, "stl10": 32, "imagenette": 64, "celeba": 64}  # name: side in pixels
+VALID_SHARE = 0.15  # of the training images (selfVAE paper, A.5: "15 % randomly selected")
+RESIDENT_BYTES = 4 * 2**30  # a split up to this size lives on the device; a larger one stays memory-mapped
+
+
+@dataclass
+class Subset:
+    """The images of `array`, (N, H, W, C) uint8, at the positions `index`: a view that reads only what is asked for."""
+
+    array: np.ndarray
+    index: np.ndarray
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        return self.array[self.index[i]]
+
+    @property
+    def shape(self):
+        return (len(self.index), *self.array.shape[1:])
+
+
+@dataclass
+class Images:
+    """One dataset. The three splits are uint8 (N, H, W, C); `labels` maps a split's name to uint8 (N,) or (N, factors)."""
+
+    name: str
+    size: int
+    train: Subset
+    valid: Subset
+    test: np.ndarray
+    labels: dict | None
+
+    @property
+    def shape(self):
+        """(C, H, W), as the models take it."""
+        height, width, channels = self.test.shape[1:]
+        return (channels, height, width)
+
+    @property
+    def augment(self):
+        """Whether training flips and shifts the images: the paper (A.5) does not on CelebA, and a flipped digit is no digit."""
+        return self.name not in ("mnist", "celeba")
+
+
+def load_images(name, data_dir, size=None):
+    """The dataset `name`, one of SIZES or the path of a folder of images, at `size` pixels a side -> Images.
+
+    Reads `{data_dir}/{name}-{size}/{train,test}.npy`; where that is missing, makes it once (built in, downloaded through
+    torchvision, or read from the folder). Validation is 15 % of train by a permutation that never changes.
+    Raises UserError for an unknown name, a missing, empty or broken folder, or a failed download.
+    """
+    source = None
+    if name not in SIZES:
+        source = Path(name).expanduser()
+        if not source.is_dir():
+            raise UserError(f"dataset {name!r} is neither one of {', '.join(SIZES)} nor a folder of images")
+    size = size or SIZES.get(name, 64)
+    if size < 8:
+        raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
+    key = name if source is None else _folder_key(source)
+    folder = Path(data_dir) / f"{key}-{size}"
+    if not folder.is_dir():
+        print(f"preparing {folder} (once)", flush=True)
+        splits = _folder_splits(source, size) if source else globals()[f"_{name}_splits"](Path(data_dir), size)
+        _store(folder, splits)
+    train, test = (_open(folder / f"{split}.npy") for split in ("train", "test"))
+    order = np.random.default_rng(0).permutation(len(train))
+    n_valid = round(VALID_SHARE * len(train))
+    index = {"valid": np.sort(order[:n_valid]), "train": np.sort(order[n_valid:])}
+    labels = None
+    if (folder / "train-labels.npy").exists():
+        train_labels = np.load(folder / "train-labels.npy", allow_pickle=False)
+        labels = {split: train_labels[i] for split, i in index.items()}
+        labels["test"] = np.load(folder / "test-labels.npy", allow_pickle=False)
+    return Images(source.resolve().name if source else name, size,
+                  Subset(train, index["train"]), Subset(train, index["valid"]), test, labels)
+
+
+def _open(path):
+    """Memory-map one split, (N, H, W, C) uint8."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete its folder to have it made again") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not uint8 images (N, H, W, C)")
+    return array
+
+
+def _store(folder, splits):
+    """Write {split: (count, images, labels or None)} as .npy files, beside `folder` first so that it is whole or absent."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for split, (count, images, labels) in splits.items():
+        array = None
+        for i, image in enumerate(images):
+            if array is None:
+                array = np.lib.format.open_memmap(partial / f"{split}.npy", "w+", np.uint8, (count, *image.shape))
+            array[i] = image
+        array.flush()
+        if labels is not None:
+            np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
+    os.replace(partial, folder)
+
+
+def _square(image, size):
+    """PIL image -> (size, size, C) uint8: centre crop to a square, Lanczos."""
+    image = TF.center_crop(image, min(image.size))
+    return np.asarray(TF.resize(image, [size, size], InterpolationMode.LANCZOS)).reshape(size, size, -1)
+
+
+def _resized(array, size):
+    """(N, H, W) or (N, H, W, C) uint8 -> iterator of (size, size, C); untouched where it has that size."""
+    for image in array:
+        yield image.reshape(size, size, -1) if image.shape[0] == size else _square(TF.to_pil_image(image), size)
+
+
+def _download(dataset, **arguments):
+    """A torchvision dataset, downloaded where it is missing. Any failure of the network or the archive is a UserError."""
+    name = dataset.__name__
+    try:
+        return dataset(download=True, **arguments)
+    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        raise UserError(f"downloading {name} to {arguments['root']} failed: {str(error).splitlines()[0]}") from None
+
+
+def _mnist_splits(data_dir, size):
+    splits = {}
+    for split in ("train", "test"):
+        data = _download(torchvision.datasets.MNIST, root=data_dir / "downloads", train=split == "train")
+        images = data.data.numpy()
+        if size == 32:
+            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+        splits[split] = len(images), _resized(images, size), data.targets
+    return splits
+
+
+def _cifar10_splits(data_dir, size):
+    splits = {}
+    for split in ("train", "test"):
+        data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads", train=split == "train")
+        splits[split] = len(data.data), _resized(data.data, size), data.targets
+    return splits
+
+
+def _stl10_splits(data_dir, size):
+    """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
+    splits = {}
+    for split, parts in (("train", "train+unlabeled"), ("test", "test")):
+        data = _download(torchvision.datasets.STL10, root=data_dir / "downloads", split=parts)
+        splits[split] = len(data.data), _resized(data.data.transpose(0, 2, 3, 1), size), None
+    return splits
+
+
+def _imagenette_splits(data_dir, size):
+    splits = {}
+    for split, part in (("train", "train"), ("test", "val")):
+        root, arguments = data_dir / "downloads", dict(split=part, size="160px")
+        if (root / "imagenette2-160").is_dir():  # torchvision < 0.20 refuses to download over it
+            data = torchvision.datasets.Imagenette(root, **arguments)
+        else:
+            data = _download(torchvision.datasets.Imagenette, root=root, **arguments)
+        images = (_square(image, size) for image, _ in data)
+        splits[split] = len(data), images, [label for _, label in data._samples]
+    return splits
+
+
+def _celeba_splits(data_dir, size):
+    """Official train and test splits; crop top 40, left 15, side 148 (selfVAE paper, A.5). Labels: the 40 attributes."""
+    root = data_dir / "celeba"
+    partition, attributes, jpegs = root / "list_eval_partition.txt", root / "list_attr_celeba.txt", root / "img_align_celeba"
+    if not (partition.exists() and jpegs.is_dir()):
+        try:
+            _download(torchvision.datasets.CelebA, root=data_dir)
+        except UserError as error:
+            raise UserError(f"{error}. By hand: unzip img_align_celeba.zip so that {jpegs}/000001.jpg exists, put "
+                            f"list_eval_partition.txt at {partition} and (optional, labels) list_attr_celeba.txt beside "
+                            "it; all three are on the CelebA project page") from None
+    part = dict(line.split() for line in partition.read_text().splitlines() if line.strip())
+    labels = {}
+    if attributes.exists():  # two header lines, then: file name, 40 times 1 or -1
+        rows = (line.split() for line in attributes.read_text().splitlines()[2:])
+        labels = {row[0]: [int(value) > 0 for value in row[1:]] for row in rows if row}
+    splits = {}
+    for split, code in (("train", "0"), ("test", "2")):
+        names = [name for name, value in part.items() if value == code]
+        images = (_square(TF.crop(_read(jpegs / name), 40, 15, 148, 148), size) for name in names)
+        if not names:
+            raise UserError(f"{partition} lists no {split} images (lines 'NAME {code}')")
+        splits[split] = len(names), images, [labels[name] for name in names] if labels else None
+    return splits
+
+
+def _read(path):
+    """One image file -> RGB PIL image."""
+    try:
+        return default_loader(str(path))
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def _image_files(folder):
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+
+
+def _folder_key(folder):
+    """A name for the cache of `folder` that changes when one of its files does."""
+    files = _image_files(folder)
+    if len(files) < 10:
+        raise UserError(f"the folder {folder} holds {len(files)} images ({', '.join(IMG_EXTENSIONS)}); at least 10 are needed")
+    listing = "".join(f"{p.resolve()}{p.stat().st_size}{p.stat().st_mtime_ns}" for p in files)
+    return f"{folder.resolve().name}-{zlib.crc32(listing.encode()):08x}"
+
+
+def _folder_splits(folder, size):
+    """The subfolders train/ and test/ where both exist; else every tenth image, in a fixed random order, is a test image."""
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        files = {split: _image_files(folder / split) for split in ("train", "test")}
+        for split in files:
+            if not files[split]:
+                raise UserError(f"the folder {folder / split} holds no images")
+    else:
+        everything = _image_files(folder)
+        order = [everything[i] for i in np.random.default_rng(0).permutation(len(everything))]
+        n_test = len(order) // 10
+        files = {"train": order[n_test:], "test": order[:n_test]}
+    return {split: (len(paths), (_square(_read(path), size) for path in paths), None) for split, paths in files.items()}
+
+
+COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90], [70, 205, 215], [70, 110, 235],
+                    [165, 80, 220], [235, 235, 235]], np.float32)
+
+
+def _shapes_splits(data_dir, size):
+    return {"train": (20_000, *draw_shapes(20_000, size, seed=0)), "test": (2_000, *draw_shapes(2_000, size, seed=1))}
+
+
+def draw_shapes(count, size, seed):
+    """`shapes`: one anti-aliased figure over a colour gradient, with sensor noise -> uint8 (count, size, size, 3), labels.
+
+    Labels, uint8 (count, 5): kind 0-3 (disc, square, triangle, ring), colour 0-7, size 0-3, column 0-3, row 0-3. The noise
+    (sd 2 levels) keeps a likelihood from running off to infinity on flat areas; its entropy is 3.05 bits per dimension.
+    """
+    rng = np.random.default_rng([seed, size])
+    kind, colour = rng.integers(0, 4, count), rng.integers(0, 8, count)
+    radius = rng.uniform(0.12, 0.32, count).astype(np.float32)  # in units of the image's side
+    centre = rng.uniform(0.25, 0.75, (2, count)).astype(np.float32)
+    labels = np.stack([kind, colour, (radius - 0.12) / 0.05, (centre[0] - 0.25) * 8, (centre[1] - 0.25) * 8], 1)
+    corners = rng.uniform(10, 120, (count, 3, 3)).astype(np.float32)  # the gradient: colour = a + b·column + c·row
+    images = np.empty((count, size, size, 3), np.uint8)
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    for start in range(0, count, 500):
+        part = slice(start, start + 500)
+        x, y = axis[None, None, :] - centre[0, part, None, None], axis[None, :, None] - centre[1, part, None, None]
+        r = radius[part, None, None]
+        disc = np.sqrt(x**2 + y**2) - r  # signed distances to the outline, negative inside, (500, size, size)
+        square = np.maximum(abs(x), abs(y)) - 0.85 * r
+        triangle = np.maximum(y - 0.6 * r, 0.866 * abs(x) - 0.5 * y - 0.6 * r)
+        ring = abs(disc + 0.2 * r) - 0.2 * r
+        distance = np.choose(kind[part, None, None], [disc, square, triangle, ring])
+        cover = np.clip(0.5 - distance * size, 0, 1)[..., None]  # the share of the pixel inside the outline
+        a, b, c = (corners[part, i, None, None, :] for i in range(3))
+        backdrop = a + (b - a) * axis[None, None, :, None] / 2 + (c - a) * axis[None, :, None, None] / 2
+        clean = backdrop + cover * (COLOURS[colour[part], None, None] - backdrop)
+        noisy = clean + 2 * rng.standard_normal(clean.shape, np.float32)
+        images[part] = np.clip(np.rint(noisy), 0, 255)
+    return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
+
+
+class Batches:
+    """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.
+
+    The split is kept on the device as uint8 up to RESIDENT_BYTES and stays memory-mapped beyond; flips and shifts are tensor
+    operations there, so there are no worker processes. `batch(step)` is training: which images it holds follows from (seed,
+    step) alone, so that a resumed run sees what the unbroken one would have seen. Iterating is evaluation: the whole split
+    once, in order, the last batch smaller if need be.
+    """
+
+    def __init__(self, images, batch_size, device, seed=0, augment=False):
+        self.images, self.device, self.seed, self.augment = images, torch.device(device), seed, augment
+        self.count, self.batch_size = len(images), min(batch_size, len(images))
+        self.per_epoch = self.count // self.batch_size
+        self.resident = None
+        if math.prod(images.shape) <= RESIDENT_BYTES:
+            self.resident = torch.from_numpy(np.array(images[:])).to(self.device)
+        self.epoch, self.order = None, None
+
+    def _levels(self, index):
+        """Positions (B,) -> uint8 (B, H, W, C) on the device."""
+        if self.resident is not None:
+            return self.resident[index.to(self.device)]
+        return torch.from_numpy(np.array(self.images[index.cpu().numpy()])).to(self.device)
+
+    def batch(self, step):
+        """The training batch of step 0, 1, 2, …; every epoch is a new permutation of the split."""
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator)
+        levels = self._levels(self.order[i * self.batch_size:(i + 1) * self.batch_size])
+        return from_uint8((augment(levels) if self.augment else levels).permute(0, 3, 1, 2))
+
+    def __iter__(self):
+        for index in torch.arange(self.count).split(self.batch_size):
+            yield from_uint8(self._levels(index).permute(0, 3, 1, 2))
+
+
+def augment(levels, share=0.05):
+    """Random flips and shifts by up to ceil(5 %) of the side, each image its own: uint8 (B, H, W, C) -> same shape.
+
+    Shifted-in pixels repeat the edge: the clamp on the row and column numbers does it.
+    """
+    B, H, W, _ = levels.shape
+    draw = lambda low, high: torch.randint(low, high + 1, (B, 1), device=levels.device)
+    reach_y, reach_x = math.ceil(share * H), math.ceil(share * W)
+    rows = (torch.arange(H, device=levels.device) + draw(-reach_y, reach_y)).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=levels.device) + draw(-reach_x, reach_x)).clamp(0, W - 1)  # (B, W)
+    columns = torch.where(draw(0, 1) == 1, W - 1 - columns, columns)
+    image = torch.arange(B, device=levels.device)
+    return levels[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Discretized mixture of logistics (Salimans et al. 2017, PixelCNN++, section 2.1 and 2.2)
+#
+# A pixel of C channels is drawn from one of M components; given the component, channel c is logistic around a mean that
+# depends linearly on the channels before it, rounded to the 256-level grid:
+#
+#     p(x) = Σ_m π_m Π_c [σ((x_c + δ - μ_mc) / s_mc) - σ((x_c - δ - μ_mc) / s_mc)],     δ = 1/255, half a grid step
+#     μ_mc = mean_mc + Σ_{j<c} tanh(coefficient_mcj) x_j
+#
+# The lowest level owns everything below it (the first σ alone), the highest everything above it (1 - the second σ): the
+# 256 probabilities telescope to exactly one.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
+
+
+def dmol_channels(channels, mixtures=MIXTURES):
+    """Parameters per pixel: for each component 1 weight, C means, C log-scales and C(C-1)/2 coupling coefficients."""
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+
+def _dmol_split(params, channels):
+    """(B, P, H, W) -> logits (B, M, H, W); means, log-scales (B, C, M, H, W); coefficients (B, C(C-1)/2, M, H, W). fp32."""
+    params = params.to(torch.promote_types(params.dtype, torch.float32))  # likelihoods are never computed in bf16
+    params = params.unflatten(1, (dmol_channels(channels, 1), -1))
+    weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)
+    # Below -7 a component is narrower than a grid step, above 7 it is flat: clamping there loses nothing, keeps exp finite.
+    return weight[:, 0], means, log_scales.clamp(-7, 7), coefficients.tanh()
+
+
+def dmol_log_prob(x, params):
+    """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).
+
+    With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the bin's mass is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum
+    of three terms that neither cancel nor underflow, however improbable the pixel, so no approximate low-probability branch
+    is needed (PixelCNN++ has one); an edge bin just leaves out the terms of the edge that it does not have.
+    """
+    channels = x.shape[1]
+    logits, means, log_scales, coefficients = _dmol_split(params, channels)
+    x = x.to(means.dtype).unsqueeze(2)  # (B, C, 1, H, W), against M components
+    lowest, highest = x < -1 + 1 / 255, x > 1 - 1 / 255
+    log_p = logits.log_softmax(1)  # (B, M, H, W)
+    pair = 0
+    for c in range(channels):
+        mean = means[:, c]
+        for j in range(c):  # channel coupling: R, then G given R, then B given R and G
+            mean = mean + coefficients[:, pair] * x[:, j]
+            pair += 1
+        inverse_scale = torch.exp(-log_scales[:, c])
+        centred = x[:, c] - mean
+        log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below the bin
+        log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)  # log σ(a): not above the bin
+        log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))  # log(1 - e^(b-a))
+        log_p = log_p + torch.where(lowest[:, c], log_below, torch.where(highest[:, c], log_above, log_above + log_below + log_width))
+    return torch.logsumexp(log_p, 1).sum((1, 2))
+
+
+def dmol_sample(params, mean=False, mixtures=MIXTURES):
+    """Draw x ~ p(x), or with `mean` its expected value: params (B, P, H, W) -> (B, C, H, W) on the 256-level grid.
+
+    The expected value ignores the rounding and clips every component's mean to [-1, 1].
+    """
+    per_component = params.shape[1] // mixtures  # = (C + 1)(C + 2)/2, solved for C
+    channels = (math.isqrt(8 * per_component + 1) - 3) // 2
+    logits, means, log_scales, coefficients = _dmol_split(params, channels)
+    if not mean:
+        chosen = torch.distributions.Categorical(logits=logits.movedim(1, -1), validate_args=False).sample()  # (B, H, W)
+        pick = lambda values: values.gather(2, chosen[:, None, None].expand(-1, values.shape[1], -1, -1, -1))
+        means, log_scales, coefficients = pick(means), pick(log_scales), pick(coefficients)  # M = 1 from here on
+    x, pair = [], 0
+    for c in range(channels):
+        value = means[:, c]
+        for j in range(c):
+            value = value + coefficients[:, pair] * x[j]
+            pair += 1
+        if not mean:  # inverse CDF of the logistic; rounding here conditions the next channel on what the pixel will be
+            value = quantize(value + log_scales[:, c].exp() * torch.logit(torch.rand_like(value)))
+        x.append(value.clamp(-1, 1))
+    x = torch.stack(x, 1)  # (B, C, M or 1, H, W)
+    weights = logits.softmax(1).unsqueeze(1) if mean else 1
+    return quantize((weights * x).sum(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+def bits_per_dim(nats, dims):
+    """Nats per image -> bits per dimension, nats / (D ln 2). `dims` is always the D = C·H·W of x, whatever was coded."""
+    return nats / (dims * math.log(2))
+
+
+def log_mean_exp(log_w, dim=0):
+    """log 1/S Σ_s exp(log_w_s) over `dim`, the importance-weighted bound from log-weights in nats (Burda et al. 2015, Eq. 8)."""
+    return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in decibels, per image: two (B, C, H, W) in [-1, 1] -> (B,); infinite where they are equal."""
+    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
+
+
+# What follows takes any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
+
+def mean_terms(model, batches):
+    """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
+    totals = {}
+    for x in batches:
+        for name, values in model.terms(x).items():
+            totals[name] = totals.get(name, 0.0) + values.sum().item()
+    return {name: total / batches.count for name, total in totals.items()}
+
+
+def importance_weighted(model, batches, samples, dims):
+    """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. 8), averaged over a split, in bits per dimension.
+
+    iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same
+    weights of the same images: what iw_bpd is to be held against.
+    """
+    log_w = torch.cat([model.log_weights(x, samples).double().cpu() for x in batches], 1)  # (S, N)
+    bpd = bits_per_dim(-log_mean_exp(log_w), dims)
+    return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std().item() / len(bpd)**0.5, "iw_samples": samples,
+            "iw_images": len(bpd), "iw_elbo_bpd": bits_per_dim(-log_w.mean().item(), dims)}
+
+
+def seconds_to_sample(model, n, runs=10):
+    """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column)."""
+    model.sample(n)
+    start = time.perf_counter()
+    for _ in range(runs):
+        model.sample(n).cpu()  # waits for the device
+    return (time.perf_counter() - start) / runs

@@ -1,0 +1,728 @@
+"""Self-supervised VAE: a hierarchy over deterministic representations y of the image (Gatopoulos & Tomczak 2020, section 3).
+
+    representations    y_k = d(y_{k+1}), k = K … 1, y_{K+1} = x         d halves the image, rounded to 8 bits
+    generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
+    inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
+    bound              log p(x) ≥ -(re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u)
+
+    python selfvae.py --small --steps 2000                       built-in shapes, minutes on a laptop
+    python selfvae.py --dataset cifar10 --levels 1 --small       CIFAR-10 on a CPU
+    python selfvae.py --dataset cifar10 --levels 1               the paper's size, for a GPU; Table 1 reports 3.65 bits per dimension
+    python selfvae.py --dataset imagenette --levels 2            64 -> 32 -> 16, the paper's "3-level" model; Table 1: 3.70
+
+Paper: "Self-Supervised Variational Auto-Encoders", arXiv:2010.02014. Derivation, logged keys and differences from the paper:
+docs/selfvae.md. What was measured, with commands: docs/results.md.
+
+    B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
+    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C, H_k, W_k), as discrete as x, H_k = H / 2^(K+1-k)
+    u = z_0, z_k (B, 16, 8, 8) latents · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.distributions import Independent, Normal, kl_divergence
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.utils import save_image
+
+from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, from_uint8,
+                    importance_weighted, load_images, log_mean_exp, mean_terms, seconds_to_sample)
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+
+# Copied from vae.py: flag
+def flag(default, help, **metadata):
+    """A field of Config: default, line in --help; its `choices`, or `low`, the least value it takes (1)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+# Changed from vae.py: --levels
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
+
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    size: int = flag(None, "side of the images in pixels, 8 times a power of two (default: the dataset's own)")
+    levels: int = flag(1, "K, how many representations y; 0 is a VAE, 2 the paper's 3-level model", low=0)
+    prior: str = flag("realnvp", "p(u): normal, mog or realnvp (section A.2)", choices=("normal", "mog", "realnvp"))
+    mog_components: int = flag(10, "components of --prior mog")
+    small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
+    epochs: int = flag(2000, "passes over the training images")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(32, "images a step")
+    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4", low=0)
+    seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the bound")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    resume: bool = flag(False, "continue the run in that folder")
+    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    save_every: int = flag(1000, "steps between checkpoints")
+    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(1.0, "figures: scale of the priors' noise", low=0)
+    mean: bool = flag(False, "figures: show the mean of p(y|·) and p(x|·), not a draw from it")
+
+    @property
+    def variant(self):
+        return f"downscale{self.levels}-{self.prior}" + "-small" * self.small
+
+# ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
+
+# Copied from vae.py: weight_normed
+def weight_normed(layer, dim, scale):
+    """w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2), v ~ N(0, 0.05²); `scale`: the output's sd after data_dependent_init."""
+    nn.init.normal_(layer.weight, std=0.05)  # ‖v‖ sets how far a step turns w: with the usual small v, training jumps about
+    layer.initial_scale = scale
+    return weight_norm(layer, dim=dim)
+# Copied from vae.py: conv
+def conv(c_in, c_out, kernel=3, stride=1, scale=1.0):
+    """Weight-normalised convolution that keeps height and width, or divides them by `stride`."""
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    return weight_normed(layer, 0, scale)
+# Copied from vae.py: up
+def up(c_in, c_out):
+    """Weight-normalised transposed convolution that doubles height and width."""
+    return weight_normed(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1), 1, 1.0)
+# Copied from vae.py: data_dependent_init
+@torch.no_grad()
+def data_dependent_init(model, forward):
+    """Set each conv's g and b so that its output has mean 0 and sd `initial_scale` (Salimans & Kingma 2016, section 3).
+
+    `forward()` pushes one batch through `model`; a layer is set when it is reached, from inputs already set right. All of
+    it is kept in g and b, hence in checkpoints. Convs on pooled 1x1 maps, with one value an image, keep their default.
+    """
+
+    def normalise(layer, inputs, output):
+        if output.shape[2:] == (1, 1):
+            return output
+        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
+        ratio = layer.initial_scale / sd.clamp(min=1e-4)
+        g = layer.parametrizations.weight.original0
+        g.mul_(ratio.view_as(g))
+        layer.bias.sub_(mean).mul_(ratio)
+        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
+
+    hooks = [m.register_forward_hook(normalise) for m in model.modules() if hasattr(m, "initial_scale")]
+    forward()
+    for hook in hooks:
+        hook.remove()
+# Copied from vae.py: ChannelAttention
+class ChannelAttention(nn.Module):
+    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(1, channels // 8)
+        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(), conv(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, h):
+        return h * self.gate(h.mean((2, 3), keepdim=True))
+# Copied from vae.py: DenseBlock
+class DenseBlock(nn.Module):
+    """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
+
+    def __init__(self, channels, growth, steps):
+        super().__init__()
+        # NOTE(paper): "ELUs everywhere" (A.3): one after each conv. The released code has none inside a step, and after
+        # each step one over all channels so far, old ones again. Same parameters here, half the memory traffic.
+        self.steps = nn.ModuleList()
+        for c in range(channels, channels + steps * growth, growth):
+            self.steps.append(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(), conv(4 * growth, growth), nn.ELU()))
+        self.channels = channels + steps * growth
+        self.attention = ChannelAttention(self.channels)
+
+    def forward(self, h):
+        for step in self.steps:
+            h = torch.cat([h, step(h)], 1)
+        return self.attention(h)
+# ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
+
+# Copied from vae.py: LATENT
+LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+# Copied from vae.py: halvings
+def halvings(size):
+    """How often `size` halves on the way down to 8. UserError if it is not 8 times a power of two."""
+    times = int(math.log2(size / 8)) if size >= 8 else 0
+    if size != 8 * 2**times:
+        raise UserError(f"size {size} does not halve down to 8: take 8, 16, 32, 64, 128 …")
+    return times
+# Copied from vae.py: Encoder
+class Encoder(nn.Module):
+    """Dense blocks, stride-2 convs that double the channels between them: (B, C, size, size) -> (B, c_out, 8, 8)."""
+
+    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0]):
+        super().__init__()
+        layers = []
+        for level in range(halvings(size), -1, -1):  # halvings to come
+            layers.append(DenseBlock(channels, growth >> level, steps))
+            channels = layers[-1].channels
+            if level:
+                layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
+                channels *= 2
+        self.layers = nn.Sequential(*layers, conv(channels, c_out, 1, scale=0.1))
+
+    def forward(self, x):
+        return self.layers(x)
+# Copied from vae.py: Decoder
+class Decoder(nn.Module):
+    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
+
+    def __init__(self, size, growth, steps, c_out):
+        super().__init__()
+        layers, channels = [], LATENT[0]
+        for level in range(halvings(size) or 1):  # doublings done
+            layers.append(DenseBlock(channels, growth >> level, steps))
+            channels = layers[-1].channels
+            if size > 8:
+                layers += [up(channels, channels // 2), nn.ELU()]
+                channels //= 2
+        self.layers = nn.Sequential(*layers, conv(channels, c_out, scale=0.1))
+
+    def forward(self, z):
+        return self.layers(z)
+# Copied from vae.py: gaussian
+def gaussian(params):
+    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
+    mean, log_var = params.float().chunk(2, 1)
+    return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
+def dense_blocks(channels, growth, steps, c_out, scale=1.0, count=3):
+    """`count` dense blocks in a row, then a 1x1 conv: (B, channels, H, W) -> (B, c_out, H, W)."""
+    layers = []
+    for _ in range(count):
+        layers.append(DenseBlock(channels, growth, steps))
+        channels = layers[-1].channels
+    return nn.Sequential(*layers, conv(channels, c_out, 1, scale=scale))
+
+class ConditionalPrior(nn.Module):
+    """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size), z_{k-1} (B, 16, 8, 8) -> parameters (B, 32, 8, 8) for `gaussian`."""
+
+    def __init__(self, channels, size, encoder, blocks):
+        super().__init__()
+        self.from_y = nn.Sequential(Encoder(channels, size, *encoder, c_out=LATENT[0]), nn.ELU())
+        self.from_z = dense_blocks(LATENT[0], *blocks, LATENT[0])
+        self.joint = dense_blocks(2 * LATENT[0], *blocks, 2 * LATENT[0], scale=0.1)
+
+    def forward(self, h, z):
+        """h = from_y(y_k), apart because it is the same for all samples of z."""
+        return self.joint(torch.cat([h, self.from_z(z)], 1))
+
+class ConditionalDecoder(nn.Module):
+    """p(y_{k+1} | y_k, z_k): y_k and z_k -> logistic-mixture parameters (B, P, size, size), size that of y_{k+1}."""
+
+    def __init__(self, channels, size, decoder, features, blocks):
+        super().__init__()
+        self.size = size
+        self.from_z = Decoder(size, *decoder, features)
+        self.joint = dense_blocks(features + channels, *blocks, dmol_channels(channels), scale=0.1)
+
+    def forward(self, y, z):
+        y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
+        return self.joint(torch.cat([self.from_z(z), y], 1))
+
+# ---- Prior p(u): log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z); v, z (B, 16, 8, 8) --------------
+
+# Copied from vae.py: NormalPrior
+class NormalPrior(nn.Module):
+    """p(z) = N(0, 1)."""
+
+    def log_prob(self, z):
+        return Normal(0.0, 1.0, validate_args=False).log_prob(z).sum((1, 2, 3))
+
+    def from_noise(self, v):
+        return v
+# Copied from vae.py: MoGPrior
+class MoGPrior(nn.Module):
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
+
+    def __init__(self, components):
+        super().__init__()
+        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
+        self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
+
+    def log_prob(self, z):
+        components = Normal(self.mean, self.log_sd.exp(), validate_args=False)
+        return log_mean_exp(components.log_prob(z.unsqueeze(1)).sum((2, 3, 4)), dim=1)  # (B, M) -> (B,)
+
+    def from_noise(self, v):
+        m = torch.randint(len(self.mean), (len(v),), device=v.device)
+        return self.mean[m] + self.log_sd[m].exp() * v
+# Copied from vae.py: checkerboard
+def checkerboard(side, parity):
+    """(1, side, side) mask, 1 where row + column is even (parity 0) or odd (parity 1)."""
+    return ((torch.arange(side)[:, None] + torch.arange(side)) % 2 == parity).float()[None]
+# Copied from vae.py: half_channels
+def half_channels(channels, parity):
+    """(channels, 1, 1) mask, 1 on the first (parity 0) or the second half (parity 1) of the channels."""
+    return (torch.arange(channels) // (channels // 2) == parity).float().view(-1, 1, 1)
+# Copied from vae.py: Coupling
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s).
+
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
+    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
+    """
+
+    def __init__(self, channels, mask, growth, steps):
+        super().__init__()
+        block = DenseBlock(channels, growth, steps)
+        self.net = nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask, persistent=False)
+
+    def s_t(self, z):
+        s, t = self.net(z * self.mask).float().chunk(2, 1)
+        return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
+
+    def forward(self, z):
+        s, t = self.s_t(z)
+        return (z + t) * torch.exp(s), s.sum((1, 2, 3))
+
+    def inverse(self, z):
+        s, t = self.s_t(z)
+        return z * torch.exp(-s) - t
+# Copied from vae.py: RealNVPPrior
+class RealNVPPrior(NormalPrior):
+    """p(z) = N(f(z); 0, 1) |det ∂f/∂z|, v = f(z) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
+
+    3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
+    couplings follow on the other 32x4x4.
+    """
+
+    def __init__(self, growth, steps):
+        super().__init__()
+        C, side, _ = LATENT
+        fine = [(C, checkerboard(side, i % 2)) for i in range(3)]
+        middle = [(4 * C, half_channels(4 * C, i % 2)) for i in range(3)]
+        coarse = [(2 * C, checkerboard(side // 2, i % 2)) for i in range(4)]
+        self.couplings = nn.ModuleList(Coupling(*shape, growth, steps) for shape in fine + middle + coarse)
+
+    def forward(self, z):
+        """z -> v = f(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
+        log_det = 0.0
+        for i, coupling in enumerate(self.couplings):
+            if i == 3:
+                z = F.pixel_unshuffle(z, 2)  # 16x8x8 -> 64x4x4
+            if i == 6:
+                z, done = z.chunk(2, 1)
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return F.pixel_shuffle(torch.cat([z, done], 1), 2), log_det
+
+    def inverse(self, v):
+        """v -> z = f⁻¹(v), both (B, 16, 8, 8): the same way back."""
+        z, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        for i in reversed(range(len(self.couplings))):
+            z = self.couplings[i].inverse(z)
+            if i == 6:
+                z = torch.cat([z, done], 1)
+            if i == 3:
+                z = F.pixel_shuffle(z, 2)
+        return z
+
+    def log_prob(self, z):
+        v, log_det = self(z.float())
+        return super().log_prob(v) + log_det
+
+    def from_noise(self, v):
+        return self.inverse(v)
+# ---- The transformation d --------------------------------------------------------------------------------------------
+
+def downscale(y):
+    """d: the mean of each 2x2 block, rounded (half up) to the 256-level grid: (B, C, H, W) -> (B, C, H/2, W/2).
+
+    Exact: the sum of four levels is a small integer. Rounding is what makes y discrete, and with it p(y_1|u) a probability
+    rather than a density (section 3.2); without it the bound would be void.
+    """
+    levels = torch.round((y.float() + 1) * 127.5)
+    return from_uint8(torch.floor(F.avg_pool2d(levels, 2) + 0.5))
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+WIDTHS = {  # (growth, steps) of the dense blocks in every factor; two pairs: those that read y or z alone, those that join
+    "K=0, 32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # as in vae.py
+    "K=0, 64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
+    "K=1, 32": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4), p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),  # released
+    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3), p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),  # ours
+    "small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2), q_z=(32, 2), p_z=((32, 2), (16, 1)), p_x=((32, 2), 32, (8, 1))),
+}
+
+class SelfVAE(nn.Module):
+    """The factors of K = cfg.levels levels: q_u, p_u, p_y, and q_z, p_z, p_x, lists whose items belong to k = 1 … K.
+
+    `image_shape` is (C, H, W), H = W = 8·2^n, n ≥ K; else UserError. K = 0 is a VAE: x is y_1, p_y decodes it.
+    """
+
+    def __init__(self, cfg, image_shape):
+        super().__init__()
+        channels, size, _ = image_shape
+        self.K = K = cfg.levels
+        if halvings(size) < K:
+            raise UserError(f"--levels {K} halves {size} pixels to fewer than 8: take --levels {halvings(size)} at most")
+        sizes = {k: size >> (K + 1 - k) for k in range(1, K + 2)}  # of y_k
+        width = WIDTHS.get(f"K={K}, {32 if size <= 32 else 64}", WIDTHS["deeper"]) if not cfg.small else WIDTHS["small"]
+        self.q_u = Encoder(channels, sizes[1], *width["q_u"])
+        self.p_u = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
+                    "realnvp": lambda: RealNVPPrior(*width["flow"])}[cfg.prior]()
+        self.p_y = Decoder(sizes[1], *width["p_y"], dmol_channels(channels))
+        self.q_z, self.p_z, self.p_x = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for k in range(1, K + 1):
+            self.q_z.append(Encoder(channels, sizes[k + 1], *width["q_z"]))
+            self.p_z.append(ConditionalPrior(channels, sizes[k], *width["p_z"]))
+            self.p_x.append(ConditionalDecoder(channels, sizes[k + 1], *width["p_x"]))
+
+    def initialize(self, x):
+        """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
+        data_dependent_init(self, lambda: self.terms(x))
+
+    def levels(self):
+        """The factors of the conditional levels: k, q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k), k = 1 … K."""
+        return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
+
+    def representations(self, x):
+        """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic posterior q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1}))."""
+        y = {self.K + 1: x}
+        for k in range(self.K, 0, -1):
+            y[k] = downscale(y[k + 1])
+        return y
+
+    def terms(self, x):
+        """What x costs, each (B,) in nats; one sample of u and of every z_k. Eq. (2), and its K-level form in section 3.4.
+
+            re_y_1, …, re_y_K, re_x    -log p(y_1|u), -log p(y_{k+1}|y_k, z_k): reconstruction errors, signed as in Table 1
+            kl_u                       log q(u|y_1) - log p(u): one-sample estimate, for a flow has no closed form
+            kl_z_1, …, kl_z_K          KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
+
+        NOTE(paper): section 3.4 prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the KL_z of Eq. (2).
+        """
+        y, terms = self.representations(x), {}
+        name = lambda k: "re_x" if k == self.K + 1 else f"re_y_{k}"
+        q_u = gaussian(self.q_u(y[1]))
+        z = q_u.rsample()  # u ~ q(u|y_1)
+        terms["kl_u"] = q_u.log_prob(z) - self.p_u.log_prob(z)
+        terms[name(1)] = -dmol_log_prob(y[1], self.p_y(z))
+        for k, q_z, p_z, p_x in self.levels():
+            posterior, prior = gaussian(q_z(y[k + 1])), gaussian(p_z(p_z.from_y(y[k]), z))
+            z = posterior.rsample()  # z_k ~ q(z_k|y_{k+1})
+            terms[f"kl_z_{k}"] = kl_divergence(posterior, prior)
+            terms[name(k + 1)] = -dmol_log_prob(y[k + 1], p_x(y[k], z))
+        return terms
+
+    def elbo(self, x):
+        """A lower bound of log p(x), Eq. (2), from one sample: (B, C, H, W) -> (B,) in nats."""
+        return -sum(self.terms(x).values())
+
+    @torch.no_grad()
+    def log_weights(self, x, samples, chunk=128):
+        """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
+
+        x and the y_k are encoded once; latents are decoded `chunk` at a time, which is a matter of memory, not of the result.
+        """
+        y = self.representations(x)
+        posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.levels()]
+        h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.levels()}
+        z = [q.rsample((samples,)) for q in posteriors]  # [u, z_1, …, z_K], each (S, B, 16, 8, 8)
+        log_p = []
+        for part in zip(*(z_k.split(max(1, chunk // len(x))) for z_k in z)):
+            count, part = len(part[0]), [z_k.flatten(0, 1) for z_k in part]
+            tile = lambda t: t.repeat(count, 1, 1, 1)
+            joint = self.p_u.log_prob(part[0]) + dmol_log_prob(tile(y[1]), self.p_y(part[0]))
+            for k, _, p_z, p_x in self.levels():
+                joint = joint + gaussian(p_z(tile(h[k]), part[k - 1])).log_prob(part[k])
+                joint = joint + dmol_log_prob(tile(y[k + 1]), p_x(tile(y[k]), part[k]))
+            log_p.append(joint.view(count, -1))
+        return torch.cat(log_p) - sum(q.log_prob(z_k) for q, z_k in zip(posteriors, z))
+
+    @torch.no_grad()
+    def sample(self, n, temperature=1.0, mean=False, levels=False):
+        """u ~ p(u), y_1 ~ p(y_1|u), z_k ~ p(z_k|y_k, z_{k-1}), y_{k+1} ~ p(y_{k+1}|y_k, z_k) (section 3.3, "generation").
+
+        -> x (n, C, H, W) on the 256-level grid; with `levels` {k: y_k}, k = 1 … K+1. `temperature` scales the noise of u and
+        every z_k; `mean` takes the mean of every p(y|·) instead of a draw, and conditions what follows on it.
+        """
+        z = self.p_u.from_noise(temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device))
+        y = {1: dmol_sample(self.p_y(z), mean)}
+        for k, _, p_z, p_x in self.levels():
+            prior = gaussian(p_z(p_z.from_y(y[k]), z))
+            z = prior.mean + temperature * prior.stddev * torch.randn_like(prior.mean)
+            y[k + 1] = dmol_sample(p_x(y[k], z), mean)
+        return y if levels else y[self.K + 1]
+
+    @torch.no_grad()
+    def reconstruct(self, x, mean=False, infer=True):
+        """x̂ ~ p(x|y_K, z_K), y_K = d(x): (B, C, H, W) -> same, on the 256-level grid.
+
+        `infer`: z_K ~ q(z_K|x), conditional reconstruction; else z_K ~ p(z_K|y_K, z_{K-1}), z_{K-1} ~ q(z_{K-1}|y_K),
+        conditional generation, which has seen nothing of x but y_K.
+        NOTE(paper): section 3.3 swaps the formulas of the two ("former", "latter"). At K = 0: u ~ q(u|x), x̂ ~ p(x|u).
+        """
+        posterior = lambda k, y: gaussian(self.q_z[k - 1](y) if k else self.q_u(y)).rsample()
+        if self.K == 0:
+            return dmol_sample(self.p_y(posterior(0, x)), mean)
+        y, p_z = downscale(x), self.p_z[-1]
+        z = posterior(self.K, x) if infer else gaussian(p_z(p_z.from_y(y), posterior(self.K - 1, y))).rsample()
+        return dmol_sample(self.p_x[-1](y, z), mean)
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+# Copied from vae.py: train
+def train(cfg, model, images, folder, checkpoint):
+    """Minimise -ELBO, in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
+    valid = Batches(images.valid, cfg.batch_size, cfg.device)
+    total = cfg.steps or cfg.epochs * data.per_epoch
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
+    if not checkpoint:
+        model.initialize(data.batch(0))
+    state = restore(checkpoint, model, optimizer)
+    log = Log(folder, state, total, data, math.prod(images.shape))
+    terms_of = torch.compile(model.terms) if cfg.compile else model.terms
+    with stop_requests() as stop:
+        for step in range(state["step"] + 1, total + 1):
+            optimizer.param_groups[0]["lr"] = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+            with autocast(cfg):
+                terms = terms_of(data.batch(step - 1))
+            loss = sum(terms.values()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            log.add(step, terms)
+            last = step == total or bool(stop)
+            to_log, to_eval, to_save = (last or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if to_log or to_eval or to_save:
+                log.train()  # reads the device; stops a run that is not finite before anything is saved
+            if to_eval and not stop:
+                with evaluation(cfg):
+                    bpd = log.write("valid", mean_terms(model, valid))
+                draw(cfg, model, images.valid, folder, f"{step:06d}")
+                if bpd < state["best"]:
+                    state["best"] = bpd
+                    save(folder / "best.pt", cfg, model, optimizer, state)
+            if to_save:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+            if stop:
+                break
+    return not stop
+# Changed from vae.py: shows the representations
+def draw(cfg, model, images, folder, name):
+    """samples/{name}.png: rows y_1, …, y_K, x of 32 draws. reconstructions/{name}.png, 32 images: rows x, y_K, x̂ with z ~ q, x̂ with z ~ p."""
+    with evaluation(cfg):
+        x = next(iter(Batches(images, 32, cfg.device)))
+        full_size = lambda y: F.interpolate(y, size=x.shape[2:])
+        y = model.sample(32, cfg.temperature, cfg.mean, levels=True)
+        save_grid(folder / f"samples/{name}.png", *(full_size(y[k]) for k in sorted(y)))
+        rows = [model.reconstruct(x, cfg.mean)]
+        if model.K:
+            rows = [full_size(model.representations(x)[model.K]), *rows, model.reconstruct(x, cfg.mean, infer=False)]
+        save_grid(folder / f"reconstructions/{name}.png", x, *rows)
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+# Copied from vae.py: evaluate
+def evaluate(cfg, model, images, folder, state):
+    """Print and save, from the test images, Table 2's row (results.json) and the figures (test.png in each folder of pictures)."""
+    D = math.prod(images.shape)
+    samples = cfg.iw_samples or (64 if cfg.small else 512)
+    count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
+    with evaluation(cfg):
+        terms = mean_terms(model, Batches(images.test, cfg.batch_size, cfg.device))
+        total = lambda kind: sum(value for name, value in terms.items() if name.startswith(kind))
+        results = {"step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype,
+                   "elbo_bpd": bits_per_dim(sum(terms.values()), D),
+                   **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, D),
+                   "re_nats": total("re_"), "kl_nats": total("kl_"), **terms,
+                   "parameters": sum(p.numel() for p in model.parameters()),
+                   "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100)}
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    draw(cfg, model, images.test, folder, "test")
+    print("ELBO bpd  IW bpd ± se        RE nats  KL nats  parameters  seconds to draw 1 (100)")
+    print("{elbo_bpd:8.4f}  {iw_bpd:.4f} ± {iw_bpd_se:.4f}  {re_nats:8.1f}  {kl_nats:7.1f}  {parameters:10,}  "
+          "{seconds_1:.3f} ({seconds_100:.3f})".format(**results))
+# Copied from vae.py: main
+def main(Model, argv=None):
+    """Train and evaluate; --eval: only evaluate. Returns the exit code: 2 a user's mistake, 1 not finite, 130 stopped."""
+    cfg = parse_flags(argv)
+    try:
+        folder, checkpoint = open_run(cfg)
+        images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        torch.manual_seed(cfg.seed)
+        model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if not cfg.eval:
+            start_run(cfg, folder, model, images)
+            if not train(cfg, model, images, folder, checkpoint):
+                print(f"stopped and saved; to go on, give the same command with --resume: {folder}")
+                return 130
+            checkpoint = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        evaluate(cfg, model, images, folder, checkpoint["state"])
+        print(f"written to {folder}")
+    except (UserError, FloatingPointError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+# Copied from vae.py: Log
+class Log:
+    """The run's numbers: a line on the console and in log.jsonl (terms in nats per image), and curves.png."""
+
+    def __init__(self, folder, state, total, batches, dims):
+        self.file, self.state, self.total, self.batches, self.dims = folder / "log.jsonl", state, total, batches, dims
+        records = map(json.loads, self.file.read_text().splitlines()) if self.file.exists() else []
+        self.records = [r for r in records if r["step"] <= state["step"]]  # later ones were lost with the interrupted run
+        self.file.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.start, self.mark, self.pending = time.perf_counter() - state["seconds"], time.perf_counter(), []
+
+    def add(self, step, terms):
+        self.state["step"] = step
+        self.pending.append({name: values.detach().mean() for name, values in terms.items()})
+
+    def train(self):
+        """A line for the steps since the last. FloatingPointError, with step and terms, where one was not finite."""
+        values = torch.stack([torch.stack(list(terms.values())) for terms in self.pending]).cpu()
+        for step, row in enumerate(values.tolist(), self.state["step"] - len(values) + 1):
+            if not all(map(math.isfinite, row)):
+                raise FloatingPointError(f"step {step} is not finite: {dict(zip(self.pending[0], row))}; checkpoints are kept")
+        self.write("train", dict(zip(self.pending[0], values.mean(0).tolist())))
+
+    def write(self, split, terms):
+        """Record the terms, {name: nats per image}. Returns their sum in bits per dimension."""
+        now, step, bpd = time.perf_counter(), self.state["step"], bits_per_dim(sum(terms.values()), self.dims)
+        rate = len(self.pending) * self.batches.batch_size / (now - self.mark)
+        self.state["seconds"], self.mark, self.pending = now - self.start, now, []
+        self.records.append({"step": step, "split": split, "bpd": bpd, **terms, "seconds": now - self.start, "rate": rate})
+        with open(self.file, "a") as file:
+            file.write(json.dumps(self.records[-1]) + "\n")
+        parts = " + ".join(f"{name} {bits_per_dim(value, self.dims):.3f}" for name, value in terms.items())
+        spent, left = (timedelta(seconds=int((now - self.start) * n / step)) for n in (step, self.total - step))
+        print(f"epoch {(step - 1) // self.batches.per_epoch + 1}  step {step}/{self.total}  {split} bpd {bpd:.4f} = {parts}  "
+              f"{rate:.0f} img/s  {spent} < {left}", end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for name in ("train", "valid"):
+            axes.plot(*zip(*[(r["step"], r["bpd"]) for r in self.records if r["split"] == name]), label=name)
+        if split == "valid":
+            axes.set(xlabel="step", ylabel="-ELBO, bits per dimension")
+            axes.legend()
+            figure.savefig(self.file.with_name("curves.png"))
+        return bpd
+# --- same in every script ---------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).stem
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
+           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+
+def parse_flags(argv=None):
+    """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(Config):
+        value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
+        if f.type in (int, float) and value is not None and not low <= value < math.inf:
+            parser.error(f"--{f.name} must be at least {low}, not {value}")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.dtype == "auto":
+        cfg.dtype = "bf16" if cfg.device.startswith("cuda") else "fp32"
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+    return cfg
+
+def open_run(cfg):
+    """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
+    folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    path = folder / ("best.pt" if cfg.eval else "last.pt")
+    if not (cfg.resume or cfg.eval):
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
+        return folder, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = {"script": checkpoint["script"], **checkpoint["config"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} to go on from") from None
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
+        if name not in FREE and made_with.get(name) != value:
+            raise UserError(f"{path} is of another model: its {name} is {made_with.get(name)}, not {value}")
+    return folder, checkpoint
+
+def start_run(cfg, folder, model, images):
+    """Make the folder, write config.json, print the header."""
+    for part in ("samples", "reconstructions", "interpolations"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    facts = {"command": " ".join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+    print("parameters:", ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in model.named_children()))
+    print(f"{images.name} {images.shape}: {len(images.train):,} train, {len(images.valid):,} valid, {len(images.test):,} test")
+    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+
+def save(path, cfg, model, optimizer, state):
+    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
+    rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+def restore(checkpoint, model, optimizer):
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds": spent so far}."""
+    if checkpoint is None:
+        return {"step": 0, "best": math.inf, "seconds": 0.0}
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"][0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
+    return checkpoint["state"]
+
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda n, _: asked.append(n) or signal.signal(n, signal.SIG_DFL)) for n in numbers]
+    yield asked
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+def autocast(cfg):
+    """The networks' precision, --dtype."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+@contextlib.contextmanager
+def evaluation(cfg):
+    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
+    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
+        torch.manual_seed(cfg.seed)
+        yield
+
+def save_grid(path, *images):
+    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
+    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(SelfVAE))

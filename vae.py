@@ -1,0 +1,616 @@
+"""VAE with a standard-normal, mixture-of-Gaussians or RealNVP prior (Gatopoulos & Tomczak 2020, sections 2 and A.2).
+
+    generative model   p(x, z) = p(x|z) p(z)         p(x|z) 10 discretized logistics a pixel, p(z) by --prior
+    inference model    q(z|x) = N(μ(x), σ²(x))       all networks are DenseNets with channel attention
+    bound              log p(x) ≥ E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)] = -(re_x + kl_z)
+
+    python vae.py --small --steps 2000               built-in shapes, minutes on a laptop
+    python vae.py --dataset cifar10 --small          CIFAR-10 on a CPU
+    python vae.py --dataset cifar10                  the paper's size, for a GPU; Table 2 reports 3.51 bits per dimension
+
+Paper: "Self-Supervised Variational Auto-Encoders", arXiv:2010.02014. Derivation, logged keys and differences from the paper:
+docs/vae.md. What was measured, with commands: docs/results.md.
+
+    B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
+    x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.distributions import Independent, Normal
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.utils import save_image
+
+from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, importance_weighted,
+                    load_images, log_mean_exp, mean_terms, seconds_to_sample)
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+
+def flag(default, help, **metadata):
+    """A field of Config: default, line in --help; its `choices`, or `low`, the least value it takes (1)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
+
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    size: int = flag(None, "side of the images in pixels, 8 times a power of two (default: the dataset's own)")
+    prior: str = flag("realnvp", "p(z): normal, mog or realnvp (section A.2)", choices=("normal", "mog", "realnvp"))
+    mog_components: int = flag(10, "components of --prior mog (Table 2's parameter count implies 1000)")
+    small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
+    epochs: int = flag(2000, "passes over the training images")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(32, "images a step")
+    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4", low=0)
+    seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the bound")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    resume: bool = flag(False, "continue the run in that folder")
+    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    save_every: int = flag(1000, "steps between checkpoints")
+    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(1.0, "figures: scale of the prior's noise", low=0)
+    mean: bool = flag(False, "figures: show the mean of p(x|z), not a draw from it")
+
+    @property
+    def variant(self):
+        return self.prior + "-small" * self.small
+
+# ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
+
+def weight_normed(layer, dim, scale):
+    """w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2), v ~ N(0, 0.05²); `scale`: the output's sd after data_dependent_init."""
+    nn.init.normal_(layer.weight, std=0.05)  # ‖v‖ sets how far a step turns w: with the usual small v, training jumps about
+    layer.initial_scale = scale
+    return weight_norm(layer, dim=dim)
+
+def conv(c_in, c_out, kernel=3, stride=1, scale=1.0):
+    """Weight-normalised convolution that keeps height and width, or divides them by `stride`."""
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    return weight_normed(layer, 0, scale)
+
+def up(c_in, c_out):
+    """Weight-normalised transposed convolution that doubles height and width."""
+    return weight_normed(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1), 1, 1.0)
+
+@torch.no_grad()
+def data_dependent_init(model, forward):
+    """Set each conv's g and b so that its output has mean 0 and sd `initial_scale` (Salimans & Kingma 2016, section 3).
+
+    `forward()` pushes one batch through `model`; a layer is set when it is reached, from inputs already set right. All of
+    it is kept in g and b, hence in checkpoints. Convs on pooled 1x1 maps, with one value an image, keep their default.
+    """
+
+    def normalise(layer, inputs, output):
+        if output.shape[2:] == (1, 1):
+            return output
+        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
+        ratio = layer.initial_scale / sd.clamp(min=1e-4)
+        g = layer.parametrizations.weight.original0
+        g.mul_(ratio.view_as(g))
+        layer.bias.sub_(mean).mul_(ratio)
+        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
+
+    hooks = [m.register_forward_hook(normalise) for m in model.modules() if hasattr(m, "initial_scale")]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+class ChannelAttention(nn.Module):
+    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(1, channels // 8)
+        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(), conv(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, h):
+        return h * self.gate(h.mean((2, 3), keepdim=True))
+
+class DenseBlock(nn.Module):
+    """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
+
+    def __init__(self, channels, growth, steps):
+        super().__init__()
+        # NOTE(paper): "ELUs everywhere" (A.3): one after each conv. The released code has none inside a step, and after
+        # each step one over all channels so far, old ones again. Same parameters here, half the memory traffic.
+        self.steps = nn.ModuleList()
+        for c in range(channels, channels + steps * growth, growth):
+            self.steps.append(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(), conv(4 * growth, growth), nn.ELU()))
+        self.channels = channels + steps * growth
+        self.attention = ChannelAttention(self.channels)
+
+    def forward(self, h):
+        for step in self.steps:
+            h = torch.cat([h, step(h)], 1)
+        return self.attention(h)
+
+# ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
+
+LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+
+def halvings(size):
+    """How often `size` halves on the way down to 8. UserError if it is not 8 times a power of two."""
+    times = int(math.log2(size / 8)) if size >= 8 else 0
+    if size != 8 * 2**times:
+        raise UserError(f"size {size} does not halve down to 8: take 8, 16, 32, 64, 128 …")
+    return times
+
+class Encoder(nn.Module):
+    """Dense blocks, stride-2 convs that double the channels between them: (B, C, size, size) -> (B, c_out, 8, 8)."""
+
+    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0]):
+        super().__init__()
+        layers = []
+        for level in range(halvings(size), -1, -1):  # halvings to come
+            layers.append(DenseBlock(channels, growth >> level, steps))
+            channels = layers[-1].channels
+            if level:
+                layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
+                channels *= 2
+        self.layers = nn.Sequential(*layers, conv(channels, c_out, 1, scale=0.1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+class Decoder(nn.Module):
+    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
+
+    def __init__(self, size, growth, steps, c_out):
+        super().__init__()
+        layers, channels = [], LATENT[0]
+        for level in range(halvings(size) or 1):  # doublings done
+            layers.append(DenseBlock(channels, growth >> level, steps))
+            channels = layers[-1].channels
+            if size > 8:
+                layers += [up(channels, channels // 2), nn.ELU()]
+                channels //= 2
+        self.layers = nn.Sequential(*layers, conv(channels, c_out, scale=0.1))
+
+    def forward(self, z):
+        return self.layers(z)
+
+def gaussian(params):
+    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
+    mean, log_var = params.float().chunk(2, 1)
+    return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
+
+# ---- Priors: log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z); v, z (B, 16, 8, 8) -----------------
+
+class NormalPrior(nn.Module):
+    """p(z) = N(0, 1)."""
+
+    def log_prob(self, z):
+        return Normal(0.0, 1.0, validate_args=False).log_prob(z).sum((1, 2, 3))
+
+    def from_noise(self, v):
+        return v
+
+class MoGPrior(nn.Module):
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
+
+    def __init__(self, components):
+        super().__init__()
+        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
+        self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
+
+    def log_prob(self, z):
+        components = Normal(self.mean, self.log_sd.exp(), validate_args=False)
+        return log_mean_exp(components.log_prob(z.unsqueeze(1)).sum((2, 3, 4)), dim=1)  # (B, M) -> (B,)
+
+    def from_noise(self, v):
+        m = torch.randint(len(self.mean), (len(v),), device=v.device)
+        return self.mean[m] + self.log_sd[m].exp() * v
+
+def checkerboard(side, parity):
+    """(1, side, side) mask, 1 where row + column is even (parity 0) or odd (parity 1)."""
+    return ((torch.arange(side)[:, None] + torch.arange(side)) % 2 == parity).float()[None]
+
+def half_channels(channels, parity):
+    """(channels, 1, 1) mask, 1 on the first (parity 0) or the second half (parity 1) of the channels."""
+    return (torch.arange(channels) // (channels // 2) == parity).float().view(-1, 1, 1)
+
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s).
+
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
+    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
+    """
+
+    def __init__(self, channels, mask, growth, steps):
+        super().__init__()
+        block = DenseBlock(channels, growth, steps)
+        self.net = nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask, persistent=False)
+
+    def s_t(self, z):
+        s, t = self.net(z * self.mask).float().chunk(2, 1)
+        return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
+
+    def forward(self, z):
+        s, t = self.s_t(z)
+        return (z + t) * torch.exp(s), s.sum((1, 2, 3))
+
+    def inverse(self, z):
+        s, t = self.s_t(z)
+        return z * torch.exp(-s) - t
+
+class RealNVPPrior(NormalPrior):
+    """p(z) = N(f(z); 0, 1) |det ∂f/∂z|, v = f(z) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
+
+    3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
+    couplings follow on the other 32x4x4.
+    """
+
+    def __init__(self, growth, steps):
+        super().__init__()
+        C, side, _ = LATENT
+        fine = [(C, checkerboard(side, i % 2)) for i in range(3)]
+        middle = [(4 * C, half_channels(4 * C, i % 2)) for i in range(3)]
+        coarse = [(2 * C, checkerboard(side // 2, i % 2)) for i in range(4)]
+        self.couplings = nn.ModuleList(Coupling(*shape, growth, steps) for shape in fine + middle + coarse)
+
+    def forward(self, z):
+        """z -> v = f(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
+        log_det = 0.0
+        for i, coupling in enumerate(self.couplings):
+            if i == 3:
+                z = F.pixel_unshuffle(z, 2)  # 16x8x8 -> 64x4x4
+            if i == 6:
+                z, done = z.chunk(2, 1)
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return F.pixel_shuffle(torch.cat([z, done], 1), 2), log_det
+
+    def inverse(self, v):
+        """v -> z = f⁻¹(v), both (B, 16, 8, 8): the same way back."""
+        z, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        for i in reversed(range(len(self.couplings))):
+            z = self.couplings[i].inverse(z)
+            if i == 6:
+                z = torch.cat([z, done], 1)
+            if i == 3:
+                z = F.pixel_shuffle(z, 2)
+        return z
+
+    def log_prob(self, z):
+        v, log_det = self(z.float())
+        return super().log_prob(v) + log_det
+
+    def from_noise(self, v):
+        return self.inverse(v)
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
+    "32": ((64, 8), (128, 6), (64, 5)),  # released
+    "64": ((64, 6), (128, 5), (64, 5)),  # ours, within the 32-42 M parameters of the paper's models
+    "small": ((32, 2), (32, 2), (16, 2)),
+}
+
+class VAE(nn.Module):
+    """The factors q(z|x), p(z), p(x|z) for images of shape (C, H, W), H = W = 8 times a power of two (else UserError)."""
+
+    def __init__(self, cfg, image_shape):
+        super().__init__()
+        channels, size, _ = image_shape
+        encoder, decoder, flow = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
+        self.q_z = Encoder(channels, size, *encoder)
+        self.p_z = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
+                    "realnvp": lambda: RealNVPPrior(*flow)}[cfg.prior]()
+        self.p_x = Decoder(size, *decoder, dmol_channels(channels))
+
+    def initialize(self, x):
+        """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
+        data_dependent_init(self, lambda: self.terms(x))
+
+    def terms(self, x):
+        """What x costs, each (B,) in nats: x (B, C, H, W) -> {"re_x": -log p(x|z), "kl_z": log q(z|x) - log p(z)}, z ~ q(z|x).
+
+        re_x is the reconstruction error with the sign of Table 2. kl_z is a one-sample estimate: a flow has no closed form.
+        """
+        q_z = gaussian(self.q_z(x))
+        z = q_z.rsample()
+        return {"re_x": -dmol_log_prob(x, self.p_x(z)), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
+
+    def elbo(self, x):
+        """log p(x) ≥ E_q[log p(x|z) - log q(z|x) + log p(z)] (section 2.1), one sample: (B, C, H, W) -> (B,) in nats."""
+        return -sum(self.terms(x).values())
+
+    @torch.no_grad()
+    def log_weights(self, x, samples, chunk=128):
+        """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x): (B, C, H, W) -> (samples, B) in nats.
+
+        x is encoded once; latents are decoded `chunk` at a time, which is a matter of memory and not of the result.
+        """
+        q_z = gaussian(self.q_z(x))
+        z = q_z.rsample((samples,))  # (S, B, 16, 8, 8)
+        log_p = []
+        for part in z.split(max(1, chunk // len(x))):
+            flat = part.flatten(0, 1)
+            log_p_x = dmol_log_prob(x.repeat(len(part), 1, 1, 1), self.p_x(flat))
+            log_p.append((log_p_x + self.p_z.log_prob(flat)).view(len(part), -1))
+        return torch.cat(log_p) - q_z.log_prob(z)
+
+    @torch.no_grad()
+    def sample(self, n, temperature=1.0, mean=False):
+        """z ~ p(z), x ~ p(x|z) or the mean of p(x|z) -> (n, C, H, W), on the 256-level grid."""
+        v = temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device)
+        return dmol_sample(self.p_x(self.p_z.from_noise(v)), mean)
+
+    @torch.no_grad()
+    def reconstruct(self, x, mean=False):
+        """z ~ q(z|x), x̂ ~ p(x|z) or its mean: (B, C, H, W) -> same, on the 256-level grid."""
+        return dmol_sample(self.p_x(gaussian(self.q_z(x)).rsample()), mean)
+
+    @torch.no_grad()
+    def interpolate(self, x1, x2, steps=10, mean=False):
+        """x decoded along the straight line in z between the means of q(z|x1), q(z|x2): (B, C, H, W) -> (B, steps, C, H, W)."""
+        z1, z2 = gaussian(self.q_z(x1)).mean, gaussian(self.q_z(x2)).mean
+        z = torch.stack([torch.lerp(z1, z2, i / (steps - 1)) for i in range(steps)], 1)
+        return dmol_sample(self.p_x(z.flatten(0, 1)), mean).unflatten(0, (-1, steps))
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def train(cfg, model, images, folder, checkpoint):
+    """Minimise -ELBO, in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
+    valid = Batches(images.valid, cfg.batch_size, cfg.device)
+    total = cfg.steps or cfg.epochs * data.per_epoch
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
+    if not checkpoint:
+        model.initialize(data.batch(0))
+    state = restore(checkpoint, model, optimizer)
+    log = Log(folder, state, total, data, math.prod(images.shape))
+    terms_of = torch.compile(model.terms) if cfg.compile else model.terms
+    with stop_requests() as stop:
+        for step in range(state["step"] + 1, total + 1):
+            optimizer.param_groups[0]["lr"] = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+            with autocast(cfg):
+                terms = terms_of(data.batch(step - 1))
+            loss = sum(terms.values()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            log.add(step, terms)
+            last = step == total or bool(stop)
+            to_log, to_eval, to_save = (last or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if to_log or to_eval or to_save:
+                log.train()  # reads the device; stops a run that is not finite before anything is saved
+            if to_eval and not stop:
+                with evaluation(cfg):
+                    bpd = log.write("valid", mean_terms(model, valid))
+                draw(cfg, model, images.valid, folder, f"{step:06d}")
+                if bpd < state["best"]:
+                    state["best"] = bpd
+                    save(folder / "best.pt", cfg, model, optimizer, state)
+            if to_save:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+            if stop:
+                break
+    return not stop
+
+def draw(cfg, model, images, folder, name):
+    """Pictures {name}.png in samples/ (64 draws), reconstructions/ (rows of x above rows of x̂) and interpolations/ (rows)."""
+    with evaluation(cfg):
+        x = next(iter(Batches(images, 32, cfg.device)))
+        save_grid(folder / f"samples/{name}.png", model.sample(64, cfg.temperature, cfg.mean))
+        save_grid(folder / f"reconstructions/{name}.png", x, model.reconstruct(x, cfg.mean))
+        save_grid(folder / f"interpolations/{name}.png", model.interpolate(*x[:16].chunk(2), steps=8, mean=cfg.mean).flatten(0, 1))
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+def evaluate(cfg, model, images, folder, state):
+    """Print and save, from the test images, Table 2's row (results.json) and the figures (test.png in each folder of pictures)."""
+    D = math.prod(images.shape)
+    samples = cfg.iw_samples or (64 if cfg.small else 512)
+    count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
+    with evaluation(cfg):
+        terms = mean_terms(model, Batches(images.test, cfg.batch_size, cfg.device))
+        total = lambda kind: sum(value for name, value in terms.items() if name.startswith(kind))
+        results = {"step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype,
+                   "elbo_bpd": bits_per_dim(sum(terms.values()), D),
+                   **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, D),
+                   "re_nats": total("re_"), "kl_nats": total("kl_"), **terms,
+                   "parameters": sum(p.numel() for p in model.parameters()),
+                   "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100)}
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    draw(cfg, model, images.test, folder, "test")
+    print("ELBO bpd  IW bpd ± se        RE nats  KL nats  parameters  seconds to draw 1 (100)")
+    print("{elbo_bpd:8.4f}  {iw_bpd:.4f} ± {iw_bpd_se:.4f}  {re_nats:8.1f}  {kl_nats:7.1f}  {parameters:10,}  "
+          "{seconds_1:.3f} ({seconds_100:.3f})".format(**results))
+
+def main(Model, argv=None):
+    """Train and evaluate; --eval: only evaluate. Returns the exit code: 2 a user's mistake, 1 not finite, 130 stopped."""
+    cfg = parse_flags(argv)
+    try:
+        folder, checkpoint = open_run(cfg)
+        images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        torch.manual_seed(cfg.seed)
+        model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if not cfg.eval:
+            start_run(cfg, folder, model, images)
+            if not train(cfg, model, images, folder, checkpoint):
+                print(f"stopped and saved; to go on, give the same command with --resume: {folder}")
+                return 130
+            checkpoint = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        evaluate(cfg, model, images, folder, checkpoint["state"])
+        print(f"written to {folder}")
+    except (UserError, FloatingPointError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+class Log:
+    """The run's numbers: a line on the console and in log.jsonl (terms in nats per image), and curves.png."""
+
+    def __init__(self, folder, state, total, batches, dims):
+        self.file, self.state, self.total, self.batches, self.dims = folder / "log.jsonl", state, total, batches, dims
+        records = map(json.loads, self.file.read_text().splitlines()) if self.file.exists() else []
+        self.records = [r for r in records if r["step"] <= state["step"]]  # later ones were lost with the interrupted run
+        self.file.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.start, self.mark, self.pending = time.perf_counter() - state["seconds"], time.perf_counter(), []
+
+    def add(self, step, terms):
+        self.state["step"] = step
+        self.pending.append({name: values.detach().mean() for name, values in terms.items()})
+
+    def train(self):
+        """A line for the steps since the last. FloatingPointError, with step and terms, where one was not finite."""
+        values = torch.stack([torch.stack(list(terms.values())) for terms in self.pending]).cpu()
+        for step, row in enumerate(values.tolist(), self.state["step"] - len(values) + 1):
+            if not all(map(math.isfinite, row)):
+                raise FloatingPointError(f"step {step} is not finite: {dict(zip(self.pending[0], row))}; checkpoints are kept")
+        self.write("train", dict(zip(self.pending[0], values.mean(0).tolist())))
+
+    def write(self, split, terms):
+        """Record the terms, {name: nats per image}. Returns their sum in bits per dimension."""
+        now, step, bpd = time.perf_counter(), self.state["step"], bits_per_dim(sum(terms.values()), self.dims)
+        rate = len(self.pending) * self.batches.batch_size / (now - self.mark)
+        self.state["seconds"], self.mark, self.pending = now - self.start, now, []
+        self.records.append({"step": step, "split": split, "bpd": bpd, **terms, "seconds": now - self.start, "rate": rate})
+        with open(self.file, "a") as file:
+            file.write(json.dumps(self.records[-1]) + "\n")
+        parts = " + ".join(f"{name} {bits_per_dim(value, self.dims):.3f}" for name, value in terms.items())
+        spent, left = (timedelta(seconds=int((now - self.start) * n / step)) for n in (step, self.total - step))
+        print(f"epoch {(step - 1) // self.batches.per_epoch + 1}  step {step}/{self.total}  {split} bpd {bpd:.4f} = {parts}  "
+              f"{rate:.0f} img/s  {spent} < {left}", end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for name in ("train", "valid"):
+            axes.plot(*zip(*[(r["step"], r["bpd"]) for r in self.records if r["split"] == name]), label=name)
+        if split == "valid":
+            axes.set(xlabel="step", ylabel="-ELBO, bits per dimension")
+            axes.legend()
+            figure.savefig(self.file.with_name("curves.png"))
+        return bpd
+
+# --- same in every script ---------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).stem
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
+           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+
+def parse_flags(argv=None):
+    """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(Config):
+        value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
+        if f.type in (int, float) and value is not None and not low <= value < math.inf:
+            parser.error(f"--{f.name} must be at least {low}, not {value}")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.dtype == "auto":
+        cfg.dtype = "bf16" if cfg.device.startswith("cuda") else "fp32"
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+    return cfg
+
+def open_run(cfg):
+    """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
+    folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    path = folder / ("best.pt" if cfg.eval else "last.pt")
+    if not (cfg.resume or cfg.eval):
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
+        return folder, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = {"script": checkpoint["script"], **checkpoint["config"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} to go on from") from None
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
+        if name not in FREE and made_with.get(name) != value:
+            raise UserError(f"{path} is of another model: its {name} is {made_with.get(name)}, not {value}")
+    return folder, checkpoint
+
+def start_run(cfg, folder, model, images):
+    """Make the folder, write config.json, print the header."""
+    for part in ("samples", "reconstructions", "interpolations"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    facts = {"command": " ".join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+    print("parameters:", ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in model.named_children()))
+    print(f"{images.name} {images.shape}: {len(images.train):,} train, {len(images.valid):,} valid, {len(images.test):,} test")
+    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+
+def save(path, cfg, model, optimizer, state):
+    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
+    rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+def restore(checkpoint, model, optimizer):
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds": spent so far}."""
+    if checkpoint is None:
+        return {"step": 0, "best": math.inf, "seconds": 0.0}
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"][0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
+    return checkpoint["state"]
+
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda n, _: asked.append(n) or signal.signal(n, signal.SIG_DFL)) for n in numbers]
+    yield asked
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+def autocast(cfg):
+    """The networks' precision, --dtype."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+@contextlib.contextmanager
+def evaluation(cfg):
+    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
+    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
+        torch.manual_seed(cfg.seed)
+        yield
+
+def save_grid(path, *images):
+    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
+    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path)
+
+if __name__ == "__main__":
+    sys.exit(main(VAE))
