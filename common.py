@@ -22,38 +22,28 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-
 class UserError(Exception):
     """A request that cannot be met. `main` prints it as one line and exits with code 2."""
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pixels: 256 levels in [-1, 1]
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Pixels: 256 levels in [-1, 1] ------------------------------------------------------------------------------------
 
 def from_uint8(levels):
     """Levels 0 … 255 of any dtype -> float in [-1, 1], same shape."""
     return levels.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """Float of any range -> the nearest of the 256 levels, uint8, same shape. Inverse of `from_uint8`."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
 
 def quantize(x):
     """Float -> the nearest of the 256 grid values in [-1, 1], same shape."""
     return from_uint8(to_uint8(x))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Datasets
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Datasets ---------------------------------------------------------------------------------------------------------
 
 SIZES = {"shapes": 32, "mnist": 32, "cifar10": 32, "stl10": 32, "imagenette": 64, "celeba": 64}  # name: side in pixels
 VALID_SHARE = 0.15  # of the training images (selfVAE paper, A.5: "15 % randomly selected")
 RESIDENT_BYTES = 4 * 2**30  # a split up to this size lives on the device; a larger one stays memory-mapped
-
 
 @dataclass
 class Subset:
@@ -71,7 +61,6 @@ class Subset:
     @property
     def shape(self):
         return (len(self.index), *self.array.shape[1:])
-
 
 @dataclass
 class Images:
@@ -94,7 +83,6 @@ class Images:
     def augment(self):
         """Whether training flips and shifts the images: the paper (A.5) does not on CelebA, and a flipped digit is no digit."""
         return self.name not in ("mnist", "celeba")
-
 
 def load_images(name, data_dir, size=None):
     """The dataset `name`, one of SIZES or the path of a folder of images, at `size` pixels a side -> Images.
@@ -129,7 +117,6 @@ def load_images(name, data_dir, size=None):
     return Images(source.resolve().name if source else name, size,
                   Subset(train, index["train"]), Subset(train, index["valid"]), test, labels)
 
-
 def _open(path):
     """Memory-map one split, (N, H, W, C) uint8."""
     try:
@@ -139,7 +126,6 @@ def _open(path):
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
         raise UserError(f"{path} holds {array.dtype} {array.shape}, not uint8 images (N, H, W, C)")
     return array
-
 
 def _store(folder, splits):
     """Write {split: (count, images, labels or None)} as .npy files, beside `folder` first so that it is whole or absent."""
@@ -157,18 +143,15 @@ def _store(folder, splits):
             np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
     os.replace(partial, folder)
 
-
 def _square(image, size):
     """PIL image -> (size, size, C) uint8: centre crop to a square, Lanczos."""
     image = TF.center_crop(image, min(image.size))
     return np.asarray(TF.resize(image, [size, size], InterpolationMode.LANCZOS)).reshape(size, size, -1)
 
-
 def _resized(array, size):
     """(N, H, W) or (N, H, W, C) uint8 -> iterator of (size, size, C); untouched where it has that size."""
     for image in array:
         yield image.reshape(size, size, -1) if image.shape[0] == size else _square(TF.to_pil_image(image), size)
-
 
 def _download(dataset, **arguments):
     """A torchvision dataset, downloaded where it is missing. Any failure of the network or the archive is a UserError."""
@@ -177,7 +160,6 @@ def _download(dataset, **arguments):
         return dataset(download=True, **arguments)
     except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise UserError(f"downloading {name} to {arguments['root']} failed: {str(error).splitlines()[0]}") from None
-
 
 def _mnist_splits(data_dir, size):
     splits = {}
@@ -189,14 +171,12 @@ def _mnist_splits(data_dir, size):
         splits[split] = len(images), _resized(images, size), data.targets
     return splits
 
-
 def _cifar10_splits(data_dir, size):
     splits = {}
     for split in ("train", "test"):
         data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads", train=split == "train")
         splits[split] = len(data.data), _resized(data.data, size), data.targets
     return splits
-
 
 def _stl10_splits(data_dir, size):
     """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
@@ -205,7 +185,6 @@ def _stl10_splits(data_dir, size):
         data = _download(torchvision.datasets.STL10, root=data_dir / "downloads", split=parts)
         splits[split] = len(data.data), _resized(data.data.transpose(0, 2, 3, 1), size), None
     return splits
-
 
 def _imagenette_splits(data_dir, size):
     splits = {}
@@ -218,7 +197,6 @@ def _imagenette_splits(data_dir, size):
         images = (_square(image, size) for image, _ in data)
         splits[split] = len(data), images, [label for _, label in data._samples]
     return splits
-
 
 def _celeba_splits(data_dir, size):
     """Official train and test splits; crop top 40, left 15, side 148 (selfVAE paper, A.5). Labels: the 40 attributes."""
@@ -245,7 +223,6 @@ def _celeba_splits(data_dir, size):
         splits[split] = len(names), images, [labels[name] for name in names] if labels else None
     return splits
 
-
 def _read(path):
     """One image file -> RGB PIL image."""
     try:
@@ -253,10 +230,8 @@ def _read(path):
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
-
 def _image_files(folder):
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-
 
 def _folder_key(folder):
     """A name for the cache of `folder` that changes when one of its files does."""
@@ -265,7 +240,6 @@ def _folder_key(folder):
         raise UserError(f"the folder {folder} holds {len(files)} images ({', '.join(IMG_EXTENSIONS)}); at least 10 are needed")
     listing = "".join(f"{p.resolve()}{p.stat().st_size}{p.stat().st_mtime_ns}" for p in files)
     return f"{folder.resolve().name}-{zlib.crc32(listing.encode()):08x}"
-
 
 def _folder_splits(folder, size):
     """The subfolders train/ and test/ where both exist; else every tenth image, in a fixed random order, is a test image."""
@@ -281,14 +255,11 @@ def _folder_splits(folder, size):
         files = {"train": order[n_test:], "test": order[:n_test]}
     return {split: (len(paths), (_square(_read(path), size) for path in paths), None) for split, paths in files.items()}
 
-
 COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90], [70, 205, 215], [70, 110, 235],
                     [165, 80, 220], [235, 235, 235]], np.float32)
 
-
 def _shapes_splits(data_dir, size):
     return {"train": (20_000, *draw_shapes(20_000, size, seed=0)), "test": (2_000, *draw_shapes(2_000, size, seed=1))}
-
 
 def draw_shapes(count, size, seed):
     """`shapes`: one anti-aliased figure over a colour gradient, with sensor noise -> uint8 (count, size, size, 3), labels.
@@ -320,7 +291,6 @@ def draw_shapes(count, size, seed):
         noisy = clean + 2 * rng.standard_normal(clean.shape, np.float32)
         images[part] = np.clip(np.rint(noisy), 0, 255)
     return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
-
 
 class Batches:
     """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.
@@ -359,7 +329,6 @@ class Batches:
         for index in torch.arange(self.count).split(self.batch_size):
             yield from_uint8(self._levels(index).permute(0, 3, 1, 2))
 
-
 def augment(levels, share=0.05):
     """Random flips and shifts by up to ceil(5 %) of the side, each image its own: uint8 (B, H, W, C) -> same shape.
 
@@ -373,7 +342,6 @@ def augment(levels, share=0.05):
     columns = torch.where(draw(0, 1) == 1, W - 1 - columns, columns)
     image = torch.arange(B, device=levels.device)
     return levels[image[:, None, None], rows[:, :, None], columns[:, None, :]]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Discretized mixture of logistics (Salimans et al. 2017, PixelCNN++, section 2.1 and 2.2)
@@ -390,11 +358,9 @@ def augment(levels, share=0.05):
 
 MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
 
-
 def dmol_channels(channels, mixtures=MIXTURES):
     """Parameters per pixel: for each component 1 weight, C means, C log-scales and C(C-1)/2 coupling coefficients."""
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
-
 
 def _dmol_split(params, channels):
     """(B, P, H, W) -> logits (B, M, H, W); means, log-scales (B, C, M, H, W); coefficients (B, C(C-1)/2, M, H, W). fp32."""
@@ -403,7 +369,6 @@ def _dmol_split(params, channels):
     weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)
     # Below -7 a component is narrower than a grid step, above 7 it is flat: clamping there loses nothing, keeps exp finite.
     return weight[:, 0], means, log_scales.clamp(-7, 7), coefficients.tanh()
-
 
 def dmol_log_prob(x, params):
     """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).
@@ -431,7 +396,6 @@ def dmol_log_prob(x, params):
         log_p = log_p + torch.where(lowest[:, c], log_below, torch.where(highest[:, c], log_above, log_above + log_below + log_width))
     return torch.logsumexp(log_p, 1).sum((1, 2))
 
-
 def dmol_sample(params, mean=False, mixtures=MIXTURES):
     """Draw x ~ p(x), or with `mean` its expected value: params (B, P, H, W) -> (B, C, H, W) on the 256-level grid.
 
@@ -457,25 +421,19 @@ def dmol_sample(params, mean=False, mixtures=MIXTURES):
     weights = logits.softmax(1).unsqueeze(1) if mean else 1
     return quantize((weights * x).sum(2))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Metrics ----------------------------------------------------------------------------------------------------------
 
 def bits_per_dim(nats, dims):
     """Nats per image -> bits per dimension, nats / (D ln 2). `dims` is always the D = C·H·W of x, whatever was coded."""
     return nats / (dims * math.log(2))
 
-
 def log_mean_exp(log_w, dim=0):
     """log 1/S Σ_s exp(log_w_s) over `dim`, the importance-weighted bound from log-weights in nats (Burda et al. 2015, Eq. 8)."""
     return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
 
-
 def psnr(x, y):
     """Peak signal-to-noise ratio in decibels, per image: two (B, C, H, W) in [-1, 1] -> (B,); infinite where they are equal."""
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
-
 
 # What follows takes any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
 
@@ -487,7 +445,6 @@ def mean_terms(model, batches):
             totals[name] = totals.get(name, 0.0) + values.sum().item()
     return {name: total / batches.count for name, total in totals.items()}
 
-
 def importance_weighted(model, batches, samples, dims):
     """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. 8), averaged over a split, in bits per dimension.
 
@@ -498,7 +455,6 @@ def importance_weighted(model, batches, samples, dims):
     bpd = bits_per_dim(-log_mean_exp(log_w), dims)
     return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std().item() / len(bpd)**0.5, "iw_samples": samples,
             "iw_images": len(bpd), "iw_elbo_bpd": bits_per_dim(-log_w.mean().item(), dims)}
-
 
 def seconds_to_sample(model, n, runs=10):
     """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column)."""

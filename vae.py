@@ -8,24 +8,13 @@
     python vae.py --dataset cifar10 --small          CIFAR-10 on a CPU
     python vae.py --dataset cifar10                  the paper's size, for a GPU; Table 2 reports 3.51 bits per dimension
 
-Paper: "Self-Supervised Variational Auto-Encoders", arXiv:2010.02014. Derivation, logged keys and differences from the paper:
-docs/vae.md. What was measured, with commands: docs/results.md.
+arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/vae.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
     x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
 """
 
-import argparse
-import contextlib
-import dataclasses
-import json
-import math
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import time
+import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,7 +30,6 @@ from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_pr
                     load_images, log_mean_exp, mean_terms, seconds_to_sample)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
-
 def flag(default, help, **metadata):
     """A field of Config: default, line in --help; its `choices`, or `low`, the least value it takes (1)."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -49,7 +37,6 @@ def flag(default, help, **metadata):
 @dataclasses.dataclass
 class Config:
     """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
-
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
@@ -81,7 +68,6 @@ class Config:
         return self.prior + "-small" * self.small
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
-
 def weight_normed(layer, dim, scale):
     """w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2), v ~ N(0, 0.05²); `scale`: the output's sd after data_dependent_init."""
     nn.init.normal_(layer.weight, std=0.05)  # ‖v‖ sets how far a step turns w: with the usual small v, training jumps about
@@ -90,12 +76,7 @@ def weight_normed(layer, dim, scale):
 
 def conv(c_in, c_out, kernel=3, stride=1, scale=1.0):
     """Weight-normalised convolution that keeps height and width, or divides them by `stride`."""
-    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    return weight_normed(layer, 0, scale)
-
-def up(c_in, c_out):
-    """Weight-normalised transposed convolution that doubles height and width."""
-    return weight_normed(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1), 1, 1.0)
+    return weight_normed(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), 0, scale)
 
 @torch.no_grad()
 def data_dependent_init(model, forward):
@@ -104,7 +85,6 @@ def data_dependent_init(model, forward):
     `forward()` pushes one batch through `model`; a layer is set when it is reached, from inputs already set right. All of
     it is kept in g and b, hence in checkpoints. Convs on pooled 1x1 maps, with one value an image, keep their default.
     """
-
     def normalise(layer, inputs, output):
         if output.shape[2:] == (1, 1):
             return output
@@ -122,7 +102,6 @@ def data_dependent_init(model, forward):
 
 class ChannelAttention(nn.Module):
     """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
-
     def __init__(self, channels):
         super().__init__()
         hidden = max(1, channels // 8)
@@ -133,15 +112,13 @@ class ChannelAttention(nn.Module):
 
 class DenseBlock(nn.Module):
     """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
-
     def __init__(self, channels, growth, steps):
         super().__init__()
-        # NOTE(paper): "ELUs everywhere" (A.3): one after each conv. The released code has none inside a step, and after
-        # each step one over all channels so far, old ones again. Same parameters here, half the memory traffic.
-        self.steps = nn.ModuleList()
-        for c in range(channels, channels + steps * growth, growth):
-            self.steps.append(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(), conv(4 * growth, growth), nn.ELU()))
         self.channels = channels + steps * growth
+        # NOTE(paper): "ELUs everywhere" (A.3), so one after each conv. The released code has none inside a step, and after
+        # it one over all channels so far, old ones again. Same parameters here, half the memory traffic.
+        self.steps = nn.ModuleList(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(), conv(4 * growth, growth), nn.ELU())
+                                   for c in range(channels, self.channels, growth))
         self.attention = ChannelAttention(self.channels)
 
     def forward(self, h):
@@ -150,7 +127,6 @@ class DenseBlock(nn.Module):
         return self.attention(h)
 
 # ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
-
 LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
 
 def halvings(size):
@@ -160,11 +136,9 @@ def halvings(size):
         raise UserError(f"size {size} does not halve down to 8: take 8, 16, 32, 64, 128 …")
     return times
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Dense blocks, stride-2 convs that double the channels between them: (B, C, size, size) -> (B, c_out, 8, 8)."""
-
     def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0]):
-        super().__init__()
         layers = []
         for level in range(halvings(size), -1, -1):  # halvings to come
             layers.append(DenseBlock(channels, growth >> level, steps))
@@ -172,27 +146,20 @@ class Encoder(nn.Module):
             if level:
                 layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
                 channels *= 2
-        self.layers = nn.Sequential(*layers, conv(channels, c_out, 1, scale=0.1))
+        super().__init__(*layers, conv(channels, c_out, 1, scale=0.1))
 
-    def forward(self, x):
-        return self.layers(x)
-
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
-
     def __init__(self, size, growth, steps, c_out):
-        super().__init__()
         layers, channels = [], LATENT[0]
         for level in range(halvings(size) or 1):  # doublings done
             layers.append(DenseBlock(channels, growth >> level, steps))
             channels = layers[-1].channels
             if size > 8:
-                layers += [up(channels, channels // 2), nn.ELU()]
+                double = nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, output_padding=1)
+                layers += [weight_normed(double, 1, 1.0), nn.ELU()]
                 channels //= 2
-        self.layers = nn.Sequential(*layers, conv(channels, c_out, scale=0.1))
-
-    def forward(self, z):
-        return self.layers(z)
+        super().__init__(*layers, conv(channels, c_out, scale=0.1))
 
 def gaussian(params):
     """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
@@ -200,10 +167,8 @@ def gaussian(params):
     return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
 
 # ---- Priors: log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z); v, z (B, 16, 8, 8) -----------------
-
 class NormalPrior(nn.Module):
     """p(z) = N(0, 1)."""
-
     def log_prob(self, z):
         return Normal(0.0, 1.0, validate_args=False).log_prob(z).sum((1, 2, 3))
 
@@ -212,7 +177,6 @@ class NormalPrior(nn.Module):
 
 class MoGPrior(nn.Module):
     """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
-
     def __init__(self, components):
         super().__init__()
         self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
@@ -226,21 +190,12 @@ class MoGPrior(nn.Module):
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
 
-def checkerboard(side, parity):
-    """(1, side, side) mask, 1 where row + column is even (parity 0) or odd (parity 1)."""
-    return ((torch.arange(side)[:, None] + torch.arange(side)) % 2 == parity).float()[None]
-
-def half_channels(channels, parity):
-    """(channels, 1, 1) mask, 1 on the first (parity 0) or the second half (parity 1) of the channels."""
-    return (torch.arange(channels) // (channels // 2) == parity).float().view(-1, 1, 1)
-
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s).
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
     bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
     """
-
     def __init__(self, channels, mask, growth, steps):
         super().__init__()
         block = DenseBlock(channels, growth, steps)
@@ -266,14 +221,14 @@ class RealNVPPrior(NormalPrior):
     3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
     couplings follow on the other 32x4x4.
     """
-
     def __init__(self, growth, steps):
         super().__init__()
         C, side, _ = LATENT
-        fine = [(C, checkerboard(side, i % 2)) for i in range(3)]
-        middle = [(4 * C, half_channels(4 * C, i % 2)) for i in range(3)]
-        coarse = [(2 * C, checkerboard(side // 2, i % 2)) for i in range(4)]
-        self.couplings = nn.ModuleList(Coupling(*shape, growth, steps) for shape in fine + middle + coarse)
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (8, 8): 0 1 0 1 … over 1 0 1 0 …
+        half = (torch.arange(4 * C) // (2 * C)).view(-1, 1, 1)  # (64, 1, 1): 0 on the first half of the channels
+        masks = [(C, board)] * 3 + [(4 * C, half)] * 3 + [(2 * C, board[:4, :4])] * 4
+        self.couplings = nn.ModuleList(Coupling(channels, (mask == i % 2).float(), growth, steps)
+                                       for i, (channels, mask) in enumerate(masks))
 
     def forward(self, z):
         """z -> v = f(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
@@ -306,7 +261,6 @@ class RealNVPPrior(NormalPrior):
         return self.inverse(v)
 
 # ---- The model -------------------------------------------------------------------------------------------------------
-
 WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
     "32": ((64, 8), (128, 6), (64, 5)),  # released
     "64": ((64, 6), (128, 5), (64, 5)),  # ours, within the 32-42 M parameters of the paper's models
@@ -315,7 +269,6 @@ WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
 
 class VAE(nn.Module):
     """The factors q(z|x), p(z), p(x|z) for images of shape (C, H, W), H = W = 8 times a power of two (else UserError)."""
-
     def __init__(self, cfg, image_shape):
         super().__init__()
         channels, size, _ = image_shape
@@ -376,17 +329,15 @@ class VAE(nn.Module):
         return dmol_sample(self.p_x(z.flatten(0, 1)), mean).unflatten(0, (-1, steps))
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -ELBO, in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
-    total = cfg.steps or cfg.epochs * data.per_epoch
+    total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
     if not checkpoint:
         model.initialize(data.batch(0))
-    state = restore(checkpoint, model, optimizer)
-    log = Log(folder, state, total, data, math.prod(images.shape))
+    state, rows = restore(folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
@@ -397,56 +348,101 @@ def train(cfg, model, images, folder, checkpoint):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log.add(step, terms)
-            last = step == total or bool(stop)
-            to_log, to_eval, to_save = (last or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
-            if to_log or to_eval or to_save:
-                log.train()  # reads the device; stops a run that is not finite before anything is saved
-            if to_eval and not stop:
-                with evaluation(cfg):
-                    bpd = log.write("valid", mean_terms(model, valid))
-                draw(cfg, model, images.valid, folder, f"{step:06d}")
+            rows.append({name: values.detach().mean() for name, values in terms.items()})
+            state["step"] = step
+            due = [step == total or bool(stop) or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every)]
+            if any(due):  # the only place that reads the device; a run that is not finite ends here, unsaved
+                report(folder, state, "train", rows, total, data, dims)
+                rows = []
+            if due[1] and not stop:
+                with inference(cfg):
+                    bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
+                    draw(cfg, model, images.valid, folder, f"{step:06d}.png")
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
-            if to_save:
+            if due[2]:
                 save(folder / "last.pt", cfg, model, optimizer, state)
             if stop:
                 break
     return not stop
 
-def draw(cfg, model, images, folder, name):
-    """Pictures {name}.png in samples/ (64 draws), reconstructions/ (rows of x above rows of x̂) and interpolations/ (rows)."""
-    with evaluation(cfg):
-        x = next(iter(Batches(images, 32, cfg.device)))
-        save_grid(folder / f"samples/{name}.png", model.sample(64, cfg.temperature, cfg.mean))
-        save_grid(folder / f"reconstructions/{name}.png", x, model.reconstruct(x, cfg.mean))
-        save_grid(folder / f"interpolations/{name}.png", model.interpolate(*x[:16].chunk(2), steps=8, mean=cfg.mean).flatten(0, 1))
+def autocast(cfg):
+    """The networks' precision, --dtype."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+@contextlib.contextmanager
+def inference(cfg):
+    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
+    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
+        torch.manual_seed(cfg.seed)
+        yield
+
+def report(folder, state, split, rows, total, data, dims):
+    """Average rows [{term: nats per image}] for the console, log.jsonl and curves.png. Returns bits per dimension.
+
+    Raises FloatingPointError, naming step and terms, where a row is not finite.
+    """
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    for step, row in enumerate(values, state["step"] - len(rows) + 1):
+        if not all(map(math.isfinite, row)):
+            raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
+    terms = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
+    bpd, step, before = bits_per_dim(sum(terms.values()), dims), state["step"], state["seconds"]
+    state["seconds"] = time.perf_counter() - state["start"]
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "split": split, "bpd": bpd, **terms, "seconds": state["seconds"]}) + "\n")
+    parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
+    rate = len(rows) * data.batch_size / (state["seconds"] - before)
+    spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
+    print(f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
+          + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
+          end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
+    if split == "valid":
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for name in ("train", "valid"):
+            axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), label=name)
+        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, 1.5 * bpd))
+        axes.legend()
+        figure.savefig(folder / "curves.png")
+    return bpd
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
+def draw(cfg, model, images, folder, name):
+    """The figures `name` in samples/ (64 draws), reconstructions/ (rows x, x̂, x, x̂ …) and interpolations/ (8 rows)."""
+    x = next(iter(Batches(images, 32, cfg.device)))
+    save_grid(folder / "samples" / name, model.sample(64, cfg.temperature, cfg.mean))
+    save_grid(folder / "reconstructions" / name, x, model.reconstruct(x, cfg.mean))
+    save_grid(folder / "interpolations" / name, model.interpolate(*x[:16].chunk(2), steps=8, mean=cfg.mean).flatten(0, 1))
+
+def save_grid(path, *images):
+    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
+    path.parent.mkdir(exist_ok=True)
+    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path)
 
 def evaluate(cfg, model, images, folder, state):
-    """Print and save, from the test images, Table 2's row (results.json) and the figures (test.png in each folder of pictures)."""
-    D = math.prod(images.shape)
-    samples = cfg.iw_samples or (64 if cfg.small else 512)
+    """Table 2's row, printed and in results.json, and the figures test.png: all from the test images."""
+    dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
-    with evaluation(cfg):
+    with inference(cfg):
         terms = mean_terms(model, Batches(images.test, cfg.batch_size, cfg.device))
-        total = lambda kind: sum(value for name, value in terms.items() if name.startswith(kind))
-        results = {"step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype,
-                   "elbo_bpd": bits_per_dim(sum(terms.values()), D),
-                   **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, D),
-                   "re_nats": total("re_"), "kl_nats": total("kl_"), **terms,
-                   "parameters": sum(p.numel() for p in model.parameters()),
-                   "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100)}
+        results = {
+            "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
+            **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, dims),
+            "re_nats": sum(value for name, value in terms.items() if name.startswith("re_")),
+            "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")), **terms,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
+            "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
+        draw(cfg, model, images.test, folder, "test.png")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    draw(cfg, model, images.test, folder, "test")
-    print("ELBO bpd  IW bpd ± se        RE nats  KL nats  parameters  seconds to draw 1 (100)")
-    print("{elbo_bpd:8.4f}  {iw_bpd:.4f} ± {iw_bpd_se:.4f}  {re_nats:8.1f}  {kl_nats:7.1f}  {parameters:10,}  "
-          "{seconds_1:.3f} ({seconds_100:.3f})".format(**results))
+    for name, value in results.items():
+        print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
 
 def main(Model, argv=None):
-    """Train and evaluate; --eval: only evaluate. Returns the exit code: 2 a user's mistake, 1 not finite, 130 stopped."""
+    """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
     cfg = parse_flags(argv)
     try:
         folder, checkpoint = open_run(cfg)
@@ -456,59 +452,16 @@ def main(Model, argv=None):
         if not cfg.eval:
             start_run(cfg, folder, model, images)
             if not train(cfg, model, images, folder, checkpoint):
-                print(f"stopped and saved; to go on, give the same command with --resume: {folder}")
+                print(f"stopped and saved; go on with: {' '.join(['python', *sys.argv])} --resume")
                 return 130
             checkpoint = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
+        return 0
     except (UserError, FloatingPointError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    return 0
-
-class Log:
-    """The run's numbers: a line on the console and in log.jsonl (terms in nats per image), and curves.png."""
-
-    def __init__(self, folder, state, total, batches, dims):
-        self.file, self.state, self.total, self.batches, self.dims = folder / "log.jsonl", state, total, batches, dims
-        records = map(json.loads, self.file.read_text().splitlines()) if self.file.exists() else []
-        self.records = [r for r in records if r["step"] <= state["step"]]  # later ones were lost with the interrupted run
-        self.file.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        self.start, self.mark, self.pending = time.perf_counter() - state["seconds"], time.perf_counter(), []
-
-    def add(self, step, terms):
-        self.state["step"] = step
-        self.pending.append({name: values.detach().mean() for name, values in terms.items()})
-
-    def train(self):
-        """A line for the steps since the last. FloatingPointError, with step and terms, where one was not finite."""
-        values = torch.stack([torch.stack(list(terms.values())) for terms in self.pending]).cpu()
-        for step, row in enumerate(values.tolist(), self.state["step"] - len(values) + 1):
-            if not all(map(math.isfinite, row)):
-                raise FloatingPointError(f"step {step} is not finite: {dict(zip(self.pending[0], row))}; checkpoints are kept")
-        self.write("train", dict(zip(self.pending[0], values.mean(0).tolist())))
-
-    def write(self, split, terms):
-        """Record the terms, {name: nats per image}. Returns their sum in bits per dimension."""
-        now, step, bpd = time.perf_counter(), self.state["step"], bits_per_dim(sum(terms.values()), self.dims)
-        rate = len(self.pending) * self.batches.batch_size / (now - self.mark)
-        self.state["seconds"], self.mark, self.pending = now - self.start, now, []
-        self.records.append({"step": step, "split": split, "bpd": bpd, **terms, "seconds": now - self.start, "rate": rate})
-        with open(self.file, "a") as file:
-            file.write(json.dumps(self.records[-1]) + "\n")
-        parts = " + ".join(f"{name} {bits_per_dim(value, self.dims):.3f}" for name, value in terms.items())
-        spent, left = (timedelta(seconds=int((now - self.start) * n / step)) for n in (step, self.total - step))
-        print(f"epoch {(step - 1) // self.batches.per_epoch + 1}  step {step}/{self.total}  {split} bpd {bpd:.4f} = {parts}  "
-              f"{rate:.0f} img/s  {spent} < {left}", end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
-        axes = (figure := Figure(layout="constrained")).subplots()
-        for name in ("train", "valid"):
-            axes.plot(*zip(*[(r["step"], r["bpd"]) for r in self.records if r["split"] == name]), label=name)
-        if split == "valid":
-            axes.set(xlabel="step", ylabel="-ELBO, bits per dimension")
-            axes.legend()
-            figure.savefig(self.file.with_name("curves.png"))
-        return bpd
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 
@@ -551,7 +504,7 @@ def open_run(cfg):
         made_with = {"script": checkpoint["script"], **checkpoint["config"]}
     except FileNotFoundError:
         raise UserError(f"there is no {path} to go on from") from None
-    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
         if name not in FREE and made_with.get(name) != value:
@@ -560,13 +513,12 @@ def open_run(cfg):
 
 def start_run(cfg, folder, model, images):
     """Make the folder, write config.json, print the header."""
-    for part in ("samples", "reconstructions", "interpolations"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     facts = {"command": " ".join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
     (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
-    print("parameters:", ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in model.named_children()))
-    print(f"{images.name} {images.shape}: {len(images.train):,} train, {len(images.valid):,} valid, {len(images.test):,} test")
+    print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
@@ -576,41 +528,28 @@ def save(path, cfg, model, optimizer, state):
                 "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
-def restore(checkpoint, model, optimizer):
-    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds": spent so far}."""
+def restore(folder, checkpoint, model, optimizer):
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
     if checkpoint is None:
-        return {"step": 0, "best": math.inf, "seconds": 0.0}
+        return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"][0])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
-    return checkpoint["state"]
+    state, log = checkpoint["state"], folder / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))  # the rest was never saved
+    return state | {"start": time.perf_counter() - state["seconds"]}
 
 @contextlib.contextmanager
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
-    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda n, _: asked.append(n) or signal.signal(n, signal.SIG_DFL)) for n in numbers]
+    asked = []
+    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     yield asked
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
-def autocast(cfg):
-    """The networks' precision, --dtype."""
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
-
-@contextlib.contextmanager
-def evaluation(cfg):
-    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
-        torch.manual_seed(cfg.seed)
-        yield
-
-def save_grid(path, *images):
-    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
-    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
-    save_image((rows.flatten(0, 2) + 1) / 2, path)
+    [signal.signal(number, handler) for number, handler in before.items()]
 
 if __name__ == "__main__":
     sys.exit(main(VAE))
