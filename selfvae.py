@@ -534,8 +534,10 @@ def draw(cfg, model, images, folder, name):
 def save_grid(path, *images):
     """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
     path.parent.mkdir(exist_ok=True)
-    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
-    save_image((rows.flatten(0, 2) + 1) / 2, path)
+    columns = min(8, len(images[0]))
+    whole = len(images[0]) // columns * columns
+    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)  # (rows, sets, columns, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 # Copied from vae.py: evaluate
 def evaluate(cfg, model, images, folder, state):

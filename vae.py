@@ -414,13 +414,15 @@ def draw(cfg, model, images, folder, name):
     x = next(iter(Batches(images, 32, cfg.device)))
     save_grid(folder / "samples" / name, model.sample(64, cfg.temperature, cfg.mean))
     save_grid(folder / "reconstructions" / name, x, model.reconstruct(x, cfg.mean))
-    save_grid(folder / "interpolations" / name, model.interpolate(*x[:16].chunk(2), steps=8, mean=cfg.mean).flatten(0, 1))
+    save_grid(folder / "interpolations" / name, model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean).flatten(0, 1))
 
 def save_grid(path, *images):
     """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
     path.parent.mkdir(exist_ok=True)
-    rows = torch.stack([x.unflatten(0, (-1, 8)) for x in images], 1)  # (rows, sets, 8, C, H, W)
-    save_image((rows.flatten(0, 2) + 1) / 2, path)
+    columns = min(8, len(images[0]))
+    whole = len(images[0]) // columns * columns
+    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)  # (rows, sets, columns, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 def evaluate(cfg, model, images, folder, state):
     """Table 2's row, printed and in results.json, and the figures test.png: all from the test images."""
