@@ -128,20 +128,23 @@ def _open(path):
     return array
 
 def _store(folder, splits):
-    """Write {split: (count, images, labels or None)} as .npy files, beside `folder` first so that it is whole or absent."""
+    """Write {split: (count, images, labels or None)} as .npy files: aside, then renamed, so that `folder` is whole or absent."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for split, (count, images, labels) in splits.items():
-        array = None
-        for i, image in enumerate(images):
-            if array is None:
-                array = np.lib.format.open_memmap(partial / f"{split}.npy", "w+", np.uint8, (count, *image.shape))
-            array[i] = image
-        array.flush()
-        if labels is not None:
-            np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
-    os.replace(partial, folder)
+    try:
+        for split, (count, images, labels) in splits.items():
+            array = None
+            for i, image in enumerate(images):
+                if array is None:
+                    array = np.lib.format.open_memmap(partial / f"{split}.npy", "w+", np.uint8, (count, *image.shape))
+                array[i] = image
+            array.flush()
+            if labels is not None:
+                np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 def _square(image, size):
     """PIL image -> (size, size, C) uint8: centre crop to a square, Lanczos."""
@@ -310,23 +313,27 @@ class Batches:
             self.resident = torch.from_numpy(np.array(images[:])).to(self.device)
         self.epoch, self.order = None, None
 
+    def _beside_images(self, index):
+        """Positions where they are used, moved once an epoch: a step must not wait for a copy."""
+        return index if self.resident is None else index.to(self.device)
+
     def _levels(self, index):
         """Positions (B,) -> uint8 (B, H, W, C) on the device."""
         if self.resident is not None:
-            return self.resident[index.to(self.device)]
-        return torch.from_numpy(np.array(self.images[index.cpu().numpy()])).to(self.device)
+            return self.resident[index]
+        return torch.from_numpy(np.array(self.images[index.numpy()])).to(self.device)
 
     def batch(self, step):
         """The training batch of step 0, 1, 2, …; every epoch is a new permutation of the split."""
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator)
+            self.epoch, self.order = epoch, self._beside_images(torch.randperm(self.count, generator=generator))
         levels = self._levels(self.order[i * self.batch_size:(i + 1) * self.batch_size])
         return from_uint8((augment(levels) if self.augment else levels).permute(0, 3, 1, 2))
 
     def __iter__(self):
-        for index in torch.arange(self.count).split(self.batch_size):
+        for index in self._beside_images(torch.arange(self.count)).split(self.batch_size):
             yield from_uint8(self._levels(index).permute(0, 3, 1, 2))
 
 def augment(levels, share=0.05):
@@ -393,7 +400,8 @@ def dmol_log_prob(x, params):
         log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below the bin
         log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)  # log σ(a): not above the bin
         log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))  # log(1 - e^(b-a))
-        log_p = log_p + torch.where(lowest[:, c], log_below, torch.where(highest[:, c], log_above, log_above + log_below + log_width))
+        log_bin = log_above + log_below + log_width
+        log_p = log_p + torch.where(lowest[:, c], log_below, torch.where(highest[:, c], log_above, log_bin))
     return torch.logsumexp(log_p, 1).sum((1, 2))
 
 def dmol_sample(params, mean=False, mixtures=MIXTURES):
@@ -453,12 +461,12 @@ def importance_weighted(model, batches, samples, dims):
     """
     log_w = torch.cat([model.log_weights(x, samples).double().cpu() for x in batches], 1)  # (S, N)
     bpd = bits_per_dim(-log_mean_exp(log_w), dims)
-    return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std().item() / len(bpd)**0.5, "iw_samples": samples,
+    return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std(correction=min(1, len(bpd) - 1)).item() / len(bpd)**0.5, "iw_samples": samples,
             "iw_images": len(bpd), "iw_elbo_bpd": bits_per_dim(-log_w.mean().item(), dims)}
 
 def seconds_to_sample(model, n, runs=10):
     """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column)."""
-    model.sample(n)
+    model.sample(n).cpu()
     start = time.perf_counter()
     for _ in range(runs):
         model.sample(n).cpu()  # waits for the device

@@ -3,7 +3,7 @@
     representations    y_k = d(y_{k+1}), k = K … 1, y_{K+1} = x         d halves the image, rounded to 8 bits
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
-    bound              log p(x) ≥ -(re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u)
+    bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u]
 
     python selfvae.py --small --steps 2000                       built-in shapes, minutes on a laptop
     python selfvae.py --dataset cifar10 --levels 1 --small       CIFAR-10 on a CPU
@@ -17,7 +17,7 @@ arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/self
     u = z_0, z_k (B, 16, 8, 8) latents · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
 """
 
-import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
+import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,12 +30,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
 from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, from_uint8,
-                    importance_weighted, load_images, log_mean_exp, mean_terms, seconds_to_sample)
+                    importance_weighted, load_images, log_mean_exp, mean_terms, seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
 def flag(default, help, **metadata):
-    """A field of Config: default, line in --help; its `choices`, or `low`, the least value it takes (1)."""
+    """A Config field: its default and help; in metadata its `choices`, or `low`, the least value allowed (default 1)."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 # Changed from vae.py: --levels
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class Config:
     size: int = flag(None, "side of the images in pixels, 8 times a power of two (default: the dataset's own)")
     levels: int = flag(1, "K, how many representations y; 0 is a VAE, 2 the paper's 3-level model", low=0)
     prior: str = flag("realnvp", "p(u): normal, mog or realnvp (section A.2)", choices=("normal", "mog", "realnvp"))
-    mog_components: int = flag(10, "components of --prior mog")
+    mog_components: int = flag(10, "components of --prior mog (Table 2's parameter count implies 1000)")
     small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -73,16 +73,16 @@ class Config:
         return f"downscale{self.levels}-{self.prior}" + "-small" * self.small
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
-# Copied from vae.py: weight_normed
-def weight_normed(layer, dim, scale):
-    """w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2), v ~ N(0, 0.05²); `scale`: the output's sd after data_dependent_init."""
-    nn.init.normal_(layer.weight, std=0.05)  # ‖v‖ sets how far a step turns w: with the usual small v, training jumps about
-    layer.initial_scale = scale
-    return weight_norm(layer, dim=dim)
 # Copied from vae.py: conv
-def conv(c_in, c_out, kernel=3, stride=1, scale=1.0):
-    """Weight-normalised convolution that keeps height and width, or divides them by `stride`."""
-    return weight_normed(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), 0, scale)
+def conv(c_in, c_out, kernel=3, stride=1, scale=1.0, double=False):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width, divides them by `stride` or,
+    transposed, doubles them. `scale` is its output's sd after data_dependent_init."""
+    layer = (nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1) if double
+             else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2))
+    nn.init.normal_(layer.weight, std=0.05)  # v of a fixed size: PyTorch's shrinks with fan-in, and Adamax then turns w too far
+    layer.initial_scale = scale
+    return weight_norm(layer, dim=int(double))
+
 # Copied from vae.py: data_dependent_init
 @torch.no_grad()
 def data_dependent_init(model, forward):
@@ -105,6 +105,7 @@ def data_dependent_init(model, forward):
     forward()
     for hook in hooks:
         hook.remove()
+
 # Copied from vae.py: ChannelAttention
 class ChannelAttention(nn.Module):
     """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
@@ -115,6 +116,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, h):
         return h * self.gate(h.mean((2, 3), keepdim=True))
+
 # Copied from vae.py: DenseBlock
 class DenseBlock(nn.Module):
     """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
@@ -134,6 +136,7 @@ class DenseBlock(nn.Module):
 # ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
 # Copied from vae.py: LATENT
 LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+
 # Copied from vae.py: halvings
 def halvings(size):
     """How often `size` halves on the way down to 8. UserError if it is not 8 times a power of two."""
@@ -141,31 +144,33 @@ def halvings(size):
     if size != 8 * 2**times:
         raise UserError(f"size {size} does not halve down to 8: take 8, 16, 32, 64, 128 …")
     return times
+
 # Copied from vae.py: Encoder
 class Encoder(nn.Sequential):
     """Dense blocks, stride-2 convs that double the channels between them: (B, C, size, size) -> (B, c_out, 8, 8)."""
-    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0]):
+    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0], scale=0.1):
         layers = []
-        for level in range(halvings(size), -1, -1):  # halvings to come
-            layers.append(DenseBlock(channels, growth >> level, steps))
+        for times in range(halvings(size), -1, -1):  # halvings to come
+            layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
-            if level:
+            if times:
                 layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
                 channels *= 2
-        super().__init__(*layers, conv(channels, c_out, 1, scale=0.1))
+        super().__init__(*layers, conv(channels, c_out, 1, scale=scale))
+
 # Copied from vae.py: Decoder
 class Decoder(nn.Sequential):
     """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
-    def __init__(self, size, growth, steps, c_out):
+    def __init__(self, size, growth, steps, c_out, scale=0.1):
         layers, channels = [], LATENT[0]
-        for level in range(halvings(size) or 1):  # doublings done
-            layers.append(DenseBlock(channels, growth >> level, steps))
+        for times in range(halvings(size) or 1):  # doublings done
+            layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if size > 8:
-                double = nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, output_padding=1)
-                layers += [weight_normed(double, 1, 1.0), nn.ELU()]
+                layers += [conv(channels, channels // 2, double=True), nn.ELU()]
                 channels //= 2
-        super().__init__(*layers, conv(channels, c_out, scale=0.1))
+        super().__init__(*layers, conv(channels, c_out, scale=scale))
+
 # Copied from vae.py: gaussian
 def gaussian(params):
     """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
@@ -180,24 +185,25 @@ def dense_blocks(channels, growth, steps, c_out, scale=1.0, count=3):
     return nn.Sequential(*layers, conv(channels, c_out, 1, scale=scale))
 
 class ConditionalPrior(nn.Module):
-    """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size), z_{k-1} (B, 16, 8, 8) -> parameters (B, 32, 8, 8) for `gaussian`."""
-    def __init__(self, channels, size, encoder, blocks):
+    """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size), z_{k-1} (B, 16, 8, 8) -> (B, 32, 8, 8), μ and log σ² for `gaussian`."""
+    def __init__(self, channels, size, y_width, joint_width):
         super().__init__()
-        self.from_y = nn.Sequential(Encoder(channels, size, *encoder, c_out=LATENT[0]), nn.ELU())
-        self.from_z = dense_blocks(LATENT[0], *blocks, LATENT[0])
-        self.joint = dense_blocks(2 * LATENT[0], *blocks, 2 * LATENT[0], scale=0.1)
+        self.from_y = nn.Sequential(Encoder(channels, size, *y_width, c_out=LATENT[0], scale=1.0), nn.ELU())
+        self.from_z = dense_blocks(LATENT[0], *joint_width, LATENT[0])
+        self.joint = dense_blocks(2 * LATENT[0], *joint_width, 2 * LATENT[0], scale=0.1)
 
-    def forward(self, h, z):
-        """h = from_y(y_k), apart because it is the same for all samples of z."""
+    def forward(self, y, z, h=None):
+        """`h` = from_y(y), if it is at hand: importance weighting computes it once for all samples of z."""
+        h = self.from_y(y) if h is None else h
         return self.joint(torch.cat([h, self.from_z(z)], 1))
 
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1} | y_k, z_k): y_k and z_k -> logistic-mixture parameters (B, P, size, size), size that of y_{k+1}."""
-    def __init__(self, channels, size, decoder, features, blocks):
+    def __init__(self, channels, size, z_width, features, joint_width):
         super().__init__()
         self.size = size
-        self.from_z = Decoder(size, *decoder, features)
-        self.joint = dense_blocks(features + channels, *blocks, dmol_channels(channels), scale=0.1)
+        self.from_z = Decoder(size, *z_width, features, scale=1.0)
+        self.joint = dense_blocks(features + channels, *joint_width, dmol_channels(channels), scale=0.1)
 
     def forward(self, y, z):
         y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
@@ -212,6 +218,7 @@ class NormalPrior(nn.Module):
 
     def from_noise(self, v):
         return v
+
 # Copied from vae.py: MoGPrior
 class MoGPrior(nn.Module):
     """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
@@ -227,9 +234,11 @@ class MoGPrior(nn.Module):
     def from_noise(self, v):
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
+
 # Copied from vae.py: Coupling
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s).
+    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s), where
+    Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
     bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
@@ -252,9 +261,10 @@ class Coupling(nn.Module):
     def inverse(self, z):
         s, t = self.s_t(z)
         return z * torch.exp(-s) - t
+
 # Copied from vae.py: RealNVPPrior
 class RealNVPPrior(NormalPrior):
-    """p(z) = N(f(z); 0, 1) |det ∂f/∂z|, v = f(z) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
+    """p(z) = N(f⁻¹(z); 0, 1) |det ∂f⁻¹/∂z|, z = f(v) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
 
     3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
     couplings follow on the other 32x4x4.
@@ -269,7 +279,7 @@ class RealNVPPrior(NormalPrior):
                                        for i, (channels, mask) in enumerate(masks))
 
     def forward(self, z):
-        """z -> v = f(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
+        """z -> v = f⁻¹(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
         log_det = 0.0
         for i, coupling in enumerate(self.couplings):
             if i == 3:
@@ -280,8 +290,8 @@ class RealNVPPrior(NormalPrior):
             log_det = log_det + log_det_i
         return F.pixel_shuffle(torch.cat([z, done], 1), 2), log_det
 
-    def inverse(self, v):
-        """v -> z = f⁻¹(v), both (B, 16, 8, 8): the same way back."""
+    def from_noise(self, v):
+        """v -> z = f(v), both (B, 16, 8, 8): the same way back."""
         z, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
         for i in reversed(range(len(self.couplings))):
             z = self.couplings[i].inverse(z)
@@ -294,25 +304,25 @@ class RealNVPPrior(NormalPrior):
     def log_prob(self, z):
         v, log_det = self(z.float())
         return super().log_prob(v) + log_det
-
-    def from_noise(self, v):
-        return self.inverse(v)
 # ---- The transformation d --------------------------------------------------------------------------------------------
 def downscale(y):
     """d: the mean of each 2x2 block, rounded (half up) to the 256-level grid: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    Exact: the sum of four levels is a small integer. Rounding is what makes y discrete, and with it p(y_1|u) a probability
-    rather than a density (section 3.2); without it the bound would be void.
+    Exact, for the sum of four levels is a small integer. Rounding makes y discrete, and with it p(y_1|u) a probability and
+    not a density (section 3.2): without it the bound would be void.
+    NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear filter, on the CPU.
     """
-    levels = torch.round((y.float() + 1) * 127.5)
-    return from_uint8(torch.floor(F.avg_pool2d(levels, 2) + 0.5))
+    return from_uint8(torch.floor(F.avg_pool2d(to_uint8(y).float(), 2) + 0.5))
 
 # ---- The model -------------------------------------------------------------------------------------------------------
-WIDTHS = {  # (growth, steps) of the dense blocks in every factor; two pairs: those that read y or z alone, those that join
-    "K=0, 32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # as in vae.py
-    "K=0, 64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
-    "K=1, 32": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4), p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),  # released
-    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3), p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),  # ours
+# Changed from vae.py: every factor has its own
+WIDTHS = {  # of (K, size ≤ 32): (growth, steps) of the dense blocks in every factor
+    (0, True): dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # released, as in vae.py
+    (0, False): dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),  # ours, as in vae.py
+    (1, True): dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),  # released
+                    p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),  # y alone, joint; z alone, its channels, joint
+    "other": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, within the paper's 32-42 M parameters
+                  p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),
     "small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2), q_z=(32, 2), p_z=((32, 2), (16, 1)), p_x=((32, 2), 32, (8, 1))),
 }
 
@@ -328,7 +338,7 @@ class SelfVAE(nn.Module):
         if halvings(size) < K:
             raise UserError(f"--levels {K} halves {size} pixels to fewer than 8: take --levels {halvings(size)} at most")
         sizes = {k: size >> (K + 1 - k) for k in range(1, K + 2)}  # of y_k
-        width = WIDTHS.get(f"K={K}, {32 if size <= 32 else 64}", WIDTHS["deeper"]) if not cfg.small else WIDTHS["small"]
+        width = WIDTHS["small"] if cfg.small else WIDTHS.get((K, size <= 32), WIDTHS["other"])
         self.q_u = Encoder(channels, sizes[1], *width["q_u"])
         self.p_u = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
                     "realnvp": lambda: RealNVPPrior(*width["flow"])}[cfg.prior]()
@@ -343,8 +353,8 @@ class SelfVAE(nn.Module):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
         data_dependent_init(self, lambda: self.terms(x))
 
-    def levels(self):
-        """The factors of the conditional levels: k, q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k), k = 1 … K."""
+    def factors(self):
+        """-> for k = 1 … K: k, q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k)."""
         return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
 
     def representations(self, x):
@@ -355,10 +365,10 @@ class SelfVAE(nn.Module):
         return y
 
     def terms(self, x):
-        """What x costs, each (B,) in nats; one sample of u and of every z_k. Eq. (2), and its K-level form in section 3.4.
+        """The bound's terms, all costs, (B,) in nats, from one sample of u and every z_k: Eq. (2), for K levels section 3.4.
 
             re_y_1, …, re_y_K, re_x    -log p(y_1|u), -log p(y_{k+1}|y_k, z_k): reconstruction errors, signed as in Table 1
-            kl_u                       log q(u|y_1) - log p(u): one-sample estimate, for a flow has no closed form
+            kl_u                       log q(u|y_1) - log p(u): a one-sample estimate, for the flow has no closed form
             kl_z_1, …, kl_z_K          KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
 
         NOTE(paper): section 3.4 prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the KL_z of Eq. (2).
@@ -369,15 +379,15 @@ class SelfVAE(nn.Module):
         z = q_u.rsample()  # u ~ q(u|y_1)
         terms["kl_u"] = q_u.log_prob(z) - self.p_u.log_prob(z)
         terms[name(1)] = -dmol_log_prob(y[1], self.p_y(z))
-        for k, q_z, p_z, p_x in self.levels():
-            posterior, prior = gaussian(q_z(y[k + 1])), gaussian(p_z(p_z.from_y(y[k]), z))
+        for k, q_z, p_z, p_x in self.factors():
+            posterior, prior = gaussian(q_z(y[k + 1])), gaussian(p_z(y[k], z))
             z = posterior.rsample()  # z_k ~ q(z_k|y_{k+1})
             terms[f"kl_z_{k}"] = kl_divergence(posterior, prior)
             terms[name(k + 1)] = -dmol_log_prob(y[k + 1], p_x(y[k], z))
         return terms
 
     def elbo(self, x):
-        """A lower bound of log p(x), Eq. (2), from one sample: (B, C, H, W) -> (B,) in nats."""
+        """One-sample estimate of the lower bound of log p(x), Eq. (2): (B, C, H, W) -> (B,) in nats."""
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
@@ -387,16 +397,16 @@ class SelfVAE(nn.Module):
         x and the y_k are encoded once; latents are decoded `chunk` at a time, which is a matter of memory, not of the result.
         """
         y = self.representations(x)
-        posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.levels()]
-        h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.levels()}
+        posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.factors()]
+        h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.factors()}
         z = [q.rsample((samples,)) for q in posteriors]  # [u, z_1, …, z_K], each (S, B, 16, 8, 8)
         log_p = []
         for part in zip(*(z_k.split(max(1, chunk // len(x))) for z_k in z)):
             count, part = len(part[0]), [z_k.flatten(0, 1) for z_k in part]
             tile = lambda t: t.repeat(count, 1, 1, 1)
             joint = self.p_u.log_prob(part[0]) + dmol_log_prob(tile(y[1]), self.p_y(part[0]))
-            for k, _, p_z, p_x in self.levels():
-                joint = joint + gaussian(p_z(tile(h[k]), part[k - 1])).log_prob(part[k])
+            for k, _, p_z, p_x in self.factors():
+                joint = joint + gaussian(p_z(y[k], part[k - 1], tile(h[k]))).log_prob(part[k])
                 joint = joint + dmol_log_prob(tile(y[k + 1]), p_x(tile(y[k]), part[k]))
             log_p.append(joint.view(count, -1))
         return torch.cat(log_p) - sum(q.log_prob(z_k) for q, z_k in zip(posteriors, z))
@@ -410,8 +420,8 @@ class SelfVAE(nn.Module):
         """
         z = self.p_u.from_noise(temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device))
         y = {1: dmol_sample(self.p_y(z), mean)}
-        for k, _, p_z, p_x in self.levels():
-            prior = gaussian(p_z(p_z.from_y(y[k]), z))
+        for k, _, p_z, p_x in self.factors():
+            prior = gaussian(p_z(y[k], z))
             z = prior.mean + temperature * prior.stddev * torch.randn_like(prior.mean)
             y[k + 1] = dmol_sample(p_x(y[k], z), mean)
         return y if levels else y[self.K + 1]
@@ -428,7 +438,7 @@ class SelfVAE(nn.Module):
         if self.K == 0:
             return dmol_sample(self.p_y(posterior(0, x)), mean)
         y, p_z = downscale(x), self.p_z[-1]
-        z = posterior(self.K, x) if infer else gaussian(p_z(p_z.from_y(y), posterior(self.K - 1, y))).rsample()
+        z = posterior(self.K, x) if infer else gaussian(p_z(y, posterior(self.K - 1, y))).rsample()
         return dmol_sample(self.p_x[-1](y, z), mean)
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -441,7 +451,7 @@ def train(cfg, model, images, folder, checkpoint):
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
     if not checkpoint:
         model.initialize(data.batch(0))
-    state, rows = restore(folder, checkpoint, model, optimizer), []
+    state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
@@ -454,22 +464,36 @@ def train(cfg, model, images, folder, checkpoint):
             optimizer.step()
             rows.append({name: values.detach().mean() for name, values in terms.items()})
             state["step"] = step
-            due = [step == total or bool(stop) or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every)]
-            if any(due):  # the only place that reads the device; a run that is not finite ends here, unsaved
+            stopping = bool(stop)  # read once: a later request ends the next step
+            log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data, dims)
                 rows = []
-            if due[1] and not stop:
+            if validate:
                 with inference(cfg):
                     bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
-                    draw(cfg, model, images.valid, folder, f"{step:06d}.png")
+                    draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
-            if due[2]:
+            if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
-            if stop:
-                break
-    return not stop
+            if stopping:
+                return step == total
+    return True
+
+# Copied from vae.py: stop_requests
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked = []
+    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # Copied from vae.py: autocast
 def autocast(cfg):
@@ -480,7 +504,9 @@ def autocast(cfg):
 @contextlib.contextmanager
 def inference(cfg):
     """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
+    device = torch.device(cfg.device)
+    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with torch.no_grad(), autocast(cfg), fork:
         torch.manual_seed(cfg.seed)
         yield
 
@@ -502,9 +528,10 @@ def report(folder, state, split, rows, total, data, dims):
     parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
     rate = len(rows) * data.batch_size / (state["seconds"] - before)
     spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
-    print(f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
+    screen = sys.stdout.isatty()
+    print("\r\033[K" * screen + f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
           + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
-          end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
+          end="" if screen and split == "train" and step < total else "\n", flush=True)
     if split == "valid":
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         axes = (figure := Figure(layout="constrained")).subplots()
@@ -520,14 +547,14 @@ def report(folder, state, split, rows, total, data, dims):
 def draw(cfg, model, images, folder, name):
     """The figures `name`: samples/, 32 draws in rows y_1, …, y_K, x; reconstructions/, 32 images in rows x, and for K ≥ 1
     y_K, x̂ from (y_K, z_K ~ q), x̂ from (y_K, z_K ~ p); for K = 0 just x̂. Every y is shown at the size of x."""
-    x = next(iter(Batches(images, 32, cfg.device)))
+    name += "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1) + ".png"
+    x = next(iter(Batches(images[:32], 32, cfg.device)))
     full_size = lambda y: F.interpolate(y, size=x.shape[2:])
     y = model.sample(32, cfg.temperature, cfg.mean, levels=True)
     save_grid(folder / "samples" / name, *(full_size(y[k]) for k in sorted(y)))
     rows = [x, model.reconstruct(x, cfg.mean)]
     if model.K:
-        rows[1:1] = [full_size(model.representations(x)[model.K])]
-        rows.append(model.reconstruct(x, cfg.mean, infer=False))
+        rows = [x, full_size(model.representations(x)[model.K]), rows[1], model.reconstruct(x, cfg.mean, infer=False)]
     save_grid(folder / "reconstructions" / name, *rows)
 
 # Copied from vae.py: save_grid
@@ -541,7 +568,7 @@ def save_grid(path, *images):
 
 # Copied from vae.py: evaluate
 def evaluate(cfg, model, images, folder, state):
-    """Table 2's row, printed and in results.json, and the figures test.png: all from the test images."""
+    """Table 2's row, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
     dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
     with inference(cfg):
@@ -550,11 +577,12 @@ def evaluate(cfg, model, images, folder, state):
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
             **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, dims),
             "re_nats": sum(value for name, value in terms.items() if name.startswith("re_")),
-            "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")), **terms,
+            "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")),
+            **terms,
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
             "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
-        draw(cfg, model, images.test, folder, "test.png")
+        draw(cfg, model, images.test, folder, "test")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in results.items():
         print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
@@ -564,6 +592,7 @@ def main(Model, argv=None):
     """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
     cfg = parse_flags(argv)
     try:
+        halvings(cfg.size or 8)  # before anything is made at that size
         folder, checkpoint = open_run(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
@@ -571,16 +600,22 @@ def main(Model, argv=None):
         if not cfg.eval:
             start_run(cfg, folder, model, images)
             if not train(cfg, model, images, folder, checkpoint):
-                print(f"stopped and saved; go on with: {' '.join(['python', *sys.argv])} --resume")
+                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
                 return 130
-            checkpoint = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, FloatingPointError) as error:
+    except (UserError, OSError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2
+    except FloatingPointError as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; checkpoints are kept", file=sys.stderr)
+        return 130
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 
@@ -590,7 +625,8 @@ FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval 
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
@@ -599,7 +635,7 @@ def parse_flags(argv=None):
     for f in dataclasses.fields(Config):
         value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
         if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            parser.error(f"--{f.name} must be at least {low}, not {value}")
+            parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.dtype == "auto":
@@ -613,9 +649,9 @@ def parse_flags(argv=None):
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
     folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
-    path = folder / ("best.pt" if cfg.eval else "last.pt")
+    path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
     if not (cfg.resume or cfg.eval):
-        if (folder / "config.json").exists():
+        if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
         return folder, None
     try:
@@ -627,49 +663,44 @@ def open_run(cfg):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
         if name not in FREE and made_with.get(name) != value:
-            raise UserError(f"{path} is of another model: its {name} is {made_with.get(name)}, not {value}")
+            raise UserError(f"{path} is of another run: its {name} is {made_with.get(name)}, not {value}")
     return folder, checkpoint
 
 def start_run(cfg, folder, model, images):
-    """Make the folder, write config.json, print the header."""
-    folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    facts = {"command": " ".join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
-    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+    """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+        (folder / "log.jsonl").write_text("")
     print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
     """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
-    rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
+    if device.type != "cpu":
+        rng.append(torch.get_device_module(device).get_rng_state(device))
     torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
-def restore(folder, checkpoint, model, optimizer):
+def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
     if checkpoint is None:
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"][0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
-    state, log = checkpoint["state"], folder / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))  # the rest was never saved
+    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
+    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
+        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
     return state | {"start": time.perf_counter() - state["seconds"]}
-
-@contextlib.contextmanager
-def stop_requests():
-    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
-    asked = []
-    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield asked
-    [signal.signal(number, handler) for number, handler in before.items()]
-
 
 if __name__ == "__main__":
     sys.exit(main(SelfVAE))

@@ -2,7 +2,7 @@
 
     generative model   p(x, z) = p(x|z) p(z)         p(x|z) 10 discretized logistics a pixel, p(z) by --prior
     inference model    q(z|x) = N(μ(x), σ²(x))       all networks are DenseNets with channel attention
-    bound              log p(x) ≥ E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)] = -(re_x + kl_z)
+    bound              log p(x) ≥ E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)] = -E_q[re_x + kl_z]
 
     python vae.py --small --steps 2000               built-in shapes, minutes on a laptop
     python vae.py --dataset cifar10 --small          CIFAR-10 on a CPU
@@ -14,7 +14,7 @@ arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/vae.
     x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
 """
 
-import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
+import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_pr
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 def flag(default, help, **metadata):
-    """A field of Config: default, line in --help; its `choices`, or `low`, the least value it takes (1)."""
+    """A Config field: its default and help; in metadata its `choices`, or `low`, the least value allowed (default 1)."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 @dataclasses.dataclass
@@ -68,15 +68,14 @@ class Config:
         return self.prior + "-small" * self.small
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
-def weight_normed(layer, dim, scale):
-    """w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2), v ~ N(0, 0.05²); `scale`: the output's sd after data_dependent_init."""
-    nn.init.normal_(layer.weight, std=0.05)  # ‖v‖ sets how far a step turns w: with the usual small v, training jumps about
+def conv(c_in, c_out, kernel=3, stride=1, scale=1.0, double=False):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width, divides them by `stride` or,
+    transposed, doubles them. `scale` is its output's sd after data_dependent_init."""
+    layer = (nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1) if double
+             else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2))
+    nn.init.normal_(layer.weight, std=0.05)  # v of a fixed size: PyTorch's shrinks with fan-in, and Adamax then turns w too far
     layer.initial_scale = scale
-    return weight_norm(layer, dim=dim)
-
-def conv(c_in, c_out, kernel=3, stride=1, scale=1.0):
-    """Weight-normalised convolution that keeps height and width, or divides them by `stride`."""
-    return weight_normed(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), 0, scale)
+    return weight_norm(layer, dim=int(double))
 
 @torch.no_grad()
 def data_dependent_init(model, forward):
@@ -138,28 +137,27 @@ def halvings(size):
 
 class Encoder(nn.Sequential):
     """Dense blocks, stride-2 convs that double the channels between them: (B, C, size, size) -> (B, c_out, 8, 8)."""
-    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0]):
+    def __init__(self, channels, size, growth, steps, c_out=2 * LATENT[0], scale=0.1):
         layers = []
-        for level in range(halvings(size), -1, -1):  # halvings to come
-            layers.append(DenseBlock(channels, growth >> level, steps))
+        for times in range(halvings(size), -1, -1):  # halvings to come
+            layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
-            if level:
+            if times:
                 layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
                 channels *= 2
-        super().__init__(*layers, conv(channels, c_out, 1, scale=0.1))
+        super().__init__(*layers, conv(channels, c_out, 1, scale=scale))
 
 class Decoder(nn.Sequential):
     """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
-    def __init__(self, size, growth, steps, c_out):
+    def __init__(self, size, growth, steps, c_out, scale=0.1):
         layers, channels = [], LATENT[0]
-        for level in range(halvings(size) or 1):  # doublings done
-            layers.append(DenseBlock(channels, growth >> level, steps))
+        for times in range(halvings(size) or 1):  # doublings done
+            layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if size > 8:
-                double = nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, output_padding=1)
-                layers += [weight_normed(double, 1, 1.0), nn.ELU()]
+                layers += [conv(channels, channels // 2, double=True), nn.ELU()]
                 channels //= 2
-        super().__init__(*layers, conv(channels, c_out, scale=0.1))
+        super().__init__(*layers, conv(channels, c_out, scale=scale))
 
 def gaussian(params):
     """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
@@ -191,7 +189,8 @@ class MoGPrior(nn.Module):
         return self.mean[m] + self.log_sd[m].exp() * v
 
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s).
+    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s), where
+    Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
     bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
@@ -216,7 +215,7 @@ class Coupling(nn.Module):
         return z * torch.exp(-s) - t
 
 class RealNVPPrior(NormalPrior):
-    """p(z) = N(f(z); 0, 1) |det ∂f/∂z|, v = f(z) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
+    """p(z) = N(f⁻¹(z); 0, 1) |det ∂f⁻¹/∂z|, z = f(v) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
 
     3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
     couplings follow on the other 32x4x4.
@@ -231,7 +230,7 @@ class RealNVPPrior(NormalPrior):
                                        for i, (channels, mask) in enumerate(masks))
 
     def forward(self, z):
-        """z -> v = f(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
+        """z -> v = f⁻¹(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
         log_det = 0.0
         for i, coupling in enumerate(self.couplings):
             if i == 3:
@@ -242,8 +241,8 @@ class RealNVPPrior(NormalPrior):
             log_det = log_det + log_det_i
         return F.pixel_shuffle(torch.cat([z, done], 1), 2), log_det
 
-    def inverse(self, v):
-        """v -> z = f⁻¹(v), both (B, 16, 8, 8): the same way back."""
+    def from_noise(self, v):
+        """v -> z = f(v), both (B, 16, 8, 8): the same way back."""
         z, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
         for i in reversed(range(len(self.couplings))):
             z = self.couplings[i].inverse(z)
@@ -256,9 +255,6 @@ class RealNVPPrior(NormalPrior):
     def log_prob(self, z):
         v, log_det = self(z.float())
         return super().log_prob(v) + log_det
-
-    def from_noise(self, v):
-        return self.inverse(v)
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
@@ -283,16 +279,17 @@ class VAE(nn.Module):
         data_dependent_init(self, lambda: self.terms(x))
 
     def terms(self, x):
-        """What x costs, each (B,) in nats: x (B, C, H, W) -> {"re_x": -log p(x|z), "kl_z": log q(z|x) - log p(z)}, z ~ q(z|x).
+        """The bound's terms: x (B, C, H, W) -> {"re_x": -log p(x|z), "kl_z": log q(z|x) - log p(z)}, z ~ q(z|x), (B,) in nats.
 
-        re_x is the reconstruction error with the sign of Table 2. kl_z is a one-sample estimate: a flow has no closed form.
+        Both are costs, signed as in Table 2, and one-sample estimates: kl_z too, under every prior, for the flow has no
+        closed form and the three are to be compared.
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample()
         return {"re_x": -dmol_log_prob(x, self.p_x(z)), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
     def elbo(self, x):
-        """log p(x) ≥ E_q[log p(x|z) - log q(z|x) + log p(z)] (section 2.1), one sample: (B, C, H, W) -> (B,) in nats."""
+        """One-sample estimate of E_q[log p(x|z) - log q(z|x) + log p(z)] ≤ log p(x) (2.1): (B, C, H, W) -> (B,) in nats."""
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
@@ -337,7 +334,7 @@ def train(cfg, model, images, folder, checkpoint):
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
     if not checkpoint:
         model.initialize(data.batch(0))
-    state, rows = restore(folder, checkpoint, model, optimizer), []
+    state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
@@ -350,22 +347,35 @@ def train(cfg, model, images, folder, checkpoint):
             optimizer.step()
             rows.append({name: values.detach().mean() for name, values in terms.items()})
             state["step"] = step
-            due = [step == total or bool(stop) or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every)]
-            if any(due):  # the only place that reads the device; a run that is not finite ends here, unsaved
+            stopping = bool(stop)  # read once: a later request ends the next step
+            log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data, dims)
                 rows = []
-            if due[1] and not stop:
+            if validate:
                 with inference(cfg):
                     bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
-                    draw(cfg, model, images.valid, folder, f"{step:06d}.png")
+                    draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
-            if due[2]:
+            if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
-            if stop:
-                break
-    return not stop
+            if stopping:
+                return step == total
+    return True
+
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked = []
+    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 def autocast(cfg):
     """The networks' precision, --dtype."""
@@ -374,7 +384,9 @@ def autocast(cfg):
 @contextlib.contextmanager
 def inference(cfg):
     """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    with torch.no_grad(), autocast(cfg), torch.random.fork_rng([cfg.device] if cfg.device.startswith("cuda") else []):
+    device = torch.device(cfg.device)
+    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with torch.no_grad(), autocast(cfg), fork:
         torch.manual_seed(cfg.seed)
         yield
 
@@ -395,9 +407,10 @@ def report(folder, state, split, rows, total, data, dims):
     parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
     rate = len(rows) * data.batch_size / (state["seconds"] - before)
     spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
-    print(f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
+    screen = sys.stdout.isatty()
+    print("\r\033[K" * screen + f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
           + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
-          end="\r" if split == "train" and sys.stdout.isatty() else "\n", flush=True)
+          end="" if screen and split == "train" and step < total else "\n", flush=True)
     if split == "valid":
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         axes = (figure := Figure(layout="constrained")).subplots()
@@ -410,8 +423,9 @@ def report(folder, state, split, rows, total, data, dims):
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def draw(cfg, model, images, folder, name):
-    """The figures `name` in samples/ (64 draws), reconstructions/ (rows x, x̂, x, x̂ …) and interpolations/ (8 rows)."""
-    x = next(iter(Batches(images, 32, cfg.device)))
+    """The figures `name`: samples/, 64 draws; reconstructions/, rows x, x̂, x, x̂ …; interpolations/, one a row."""
+    name += "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1) + ".png"
+    x = next(iter(Batches(images[:32], 32, cfg.device)))
     save_grid(folder / "samples" / name, model.sample(64, cfg.temperature, cfg.mean))
     save_grid(folder / "reconstructions" / name, x, model.reconstruct(x, cfg.mean))
     save_grid(folder / "interpolations" / name, model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean).flatten(0, 1))
@@ -425,7 +439,7 @@ def save_grid(path, *images):
     save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 def evaluate(cfg, model, images, folder, state):
-    """Table 2's row, printed and in results.json, and the figures test.png: all from the test images."""
+    """Table 2's row, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
     dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
     with inference(cfg):
@@ -434,11 +448,12 @@ def evaluate(cfg, model, images, folder, state):
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
             **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, dims),
             "re_nats": sum(value for name, value in terms.items() if name.startswith("re_")),
-            "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")), **terms,
+            "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")),
+            **terms,
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
             "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
-        draw(cfg, model, images.test, folder, "test.png")
+        draw(cfg, model, images.test, folder, "test")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in results.items():
         print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
@@ -447,6 +462,7 @@ def main(Model, argv=None):
     """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
     cfg = parse_flags(argv)
     try:
+        halvings(cfg.size or 8)  # before anything is made at that size
         folder, checkpoint = open_run(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
@@ -454,16 +470,22 @@ def main(Model, argv=None):
         if not cfg.eval:
             start_run(cfg, folder, model, images)
             if not train(cfg, model, images, folder, checkpoint):
-                print(f"stopped and saved; go on with: {' '.join(['python', *sys.argv])} --resume")
+                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
                 return 130
-            checkpoint = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, FloatingPointError) as error:
+    except (UserError, OSError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2
+    except FloatingPointError as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; checkpoints are kept", file=sys.stderr)
+        return 130
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 
@@ -473,7 +495,8 @@ FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval 
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
@@ -482,7 +505,7 @@ def parse_flags(argv=None):
     for f in dataclasses.fields(Config):
         value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
         if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            parser.error(f"--{f.name} must be at least {low}, not {value}")
+            parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.dtype == "auto":
@@ -496,9 +519,9 @@ def parse_flags(argv=None):
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
     folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
-    path = folder / ("best.pt" if cfg.eval else "last.pt")
+    path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
     if not (cfg.resume or cfg.eval):
-        if (folder / "config.json").exists():
+        if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
         return folder, None
     try:
@@ -510,48 +533,44 @@ def open_run(cfg):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
         if name not in FREE and made_with.get(name) != value:
-            raise UserError(f"{path} is of another model: its {name} is {made_with.get(name)}, not {value}")
+            raise UserError(f"{path} is of another run: its {name} is {made_with.get(name)}, not {value}")
     return folder, checkpoint
 
 def start_run(cfg, folder, model, images):
-    """Make the folder, write config.json, print the header."""
-    folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    facts = {"command": " ".join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
-    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+    """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+        (folder / "log.jsonl").write_text("")
     print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
     """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
-    rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
+    if device.type != "cpu":
+        rng.append(torch.get_device_module(device).get_rng_state(device))
     torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
-def restore(folder, checkpoint, model, optimizer):
+def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
     if checkpoint is None:
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"][0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
-    state, log = checkpoint["state"], folder / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))  # the rest was never saved
+    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
+    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
+        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
     return state | {"start": time.perf_counter() - state["seconds"]}
-
-@contextlib.contextmanager
-def stop_requests():
-    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
-    asked = []
-    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield asked
-    [signal.signal(number, handler) for number, handler in before.items()]
 
 if __name__ == "__main__":
     sys.exit(main(VAE))

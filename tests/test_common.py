@@ -1,0 +1,849 @@
+"""Tests of common.py: pixels · the discretized mixture of logistics · metrics · datasets. Each is a worked example."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torchvision.transforms import functional as TF
+
+import common
+from common import Batches, UserError, dmol_channels, dmol_log_prob, dmol_sample, draw_shapes, from_uint8, load_images, to_uint8
+
+LEVELS = torch.arange(256)
+
+# ---- Pixels -----------------------------------------------------------------------------------------------------------
+
+def test_all_256_levels_survive_the_round_trip():
+    """uint8 -> float -> uint8 is the identity; the float grid runs from -1 to 1 in steps of 2/255."""
+    x = from_uint8(LEVELS.to(torch.uint8))
+    assert x.dtype == torch.float32 and x[0] == -1 and x[255] == 1
+    assert torch.allclose(x.double().diff(), torch.full((255,), 2 / 255, dtype=torch.float64), atol=1e-6)
+    back = to_uint8(x)
+    assert back.dtype == torch.uint8 and torch.equal(back, LEVELS.to(torch.uint8))
+
+def test_to_uint8_takes_the_nearest_level_and_clips():
+    """0.4 of a step aside goes back to the level, 0.6 of a step to its neighbour; beyond [-1, 1] is clipped."""
+    x, step = from_uint8(LEVELS), 2 / 255
+    assert torch.equal(to_uint8(x + 0.4 * step).long(), LEVELS)
+    assert torch.equal(to_uint8(x - 0.4 * step).long(), LEVELS)
+    assert torch.equal(to_uint8(x + 0.6 * step).long(), (LEVELS + 1).clamp(max=255))
+    assert to_uint8(torch.tensor([-9.0, 9.0, -math.inf, math.inf])).tolist() == [0, 255, 0, 255]
+
+def test_quantize_leaves_the_grid_alone_and_moves_everything_else_onto_it():
+    """A grid value stays; any other value moves by at most half a step."""
+    grid, x = from_uint8(LEVELS), torch.linspace(-1, 1, 1001)
+    assert torch.equal(common.quantize(grid), grid)
+    assert torch.isin(common.quantize(x), grid).all()
+    assert (common.quantize(x) - x).abs().max() <= 1 / 255 + 1e-6
+
+# ---- Discretized mixture of logistics ---------------------------------------------------------------------------------
+
+def pixel_params(logits, means, log_scales, coefficients=()):
+    """The parameters of one pixel, from lists (M,), (C, M), (C, M), (pairs, M), in the order that the code reads them."""
+    rows = [list(logits), *map(list, means), *map(list, log_scales), *map(list, coefficients)]
+    return torch.tensor(rows).reshape(1, -1, 1, 1)
+
+def random_params(batch, channels, mixtures, seed, height=1, width=1, dtype=torch.float32):
+    """Plausible parameters: weights N(0, 1), means within [-1, 1], log-scales -4 … -1, couplings N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    params = torch.randn(batch, dmol_channels(channels, 1), mixtures, height, width, generator=generator, dtype=dtype)
+    params[:, 1:1 + channels].tanh_()
+    params[:, 1 + channels:1 + 2 * channels] = params[:, 1 + channels:1 + 2 * channels].sigmoid() * 3 - 4
+    return params.flatten(1, 2)
+
+def all_levels(params):
+    """log p of each of the 256 levels of one grey pixel."""
+    return dmol_log_prob(from_uint8(LEVELS).reshape(256, 1, 1, 1), params.expand(256, -1, 1, 1))
+
+@pytest.mark.parametrize("channels, mixtures, expected", [(1, 10, 30), (3, 10, 100), (1, 1, 3), (2, 1, 6), (4, 5, 75)])
+def test_dmol_channels(channels, mixtures, expected):
+    """M (1 + 2C + C(C-1)/2): 30 for grey and 100 for RGB with ten components."""
+    assert dmol_channels(channels, mixtures) == expected
+    if mixtures == 10:
+        assert dmol_channels(channels) == expected
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_256_probabilities_sum_to_one(seed):
+    """Grey pixel, ten components, random parameters."""
+    assert all_levels(random_params(1, 1, 10, seed)).exp().sum().item() == pytest.approx(1, abs=2e-5)
+
+@pytest.mark.parametrize("mean, log_scale", [(0.0, -7.0), (1.0, -7.0), (-1.0, -3.0), (30.0, 0.0), (0.3, 7.0), (-5.0, 2.0)])
+def test_the_256_probabilities_sum_to_one_for_extreme_components(mean, log_scale):
+    """Narrower than a grid step, flat, or with its mean off the grid: the edge bins take what lies outside."""
+    assert all_levels(pixel_params([0.0], [[mean]], [[log_scale]])).exp().sum().item() == pytest.approx(1, abs=2e-5)
+
+def test_the_16_million_probabilities_of_an_rgb_pixel_sum_to_one():
+    """All 256³ colours, two components, channels coupled: one red level at a time."""
+    params = random_params(1, 3, 2, seed=0)
+    assert params[0, -6:].abs().min() > 0.05  # the couplings are really there
+    green, blue = torch.meshgrid(from_uint8(LEVELS), from_uint8(LEVELS), indexing="ij")
+    params, total = params.expand(65536, -1, 1, 1), 0.0
+    for red in from_uint8(LEVELS):
+        x = torch.stack([red.expand(65536), green.flatten(), blue.flatten()], 1)
+        total += dmol_log_prob(x[:, :, None, None], params).exp().double().sum().item()
+    assert total == pytest.approx(1, abs=1e-4)
+
+def literal_log_prob(x, params, mixtures):
+    """The formula above dmol_channels, term by term in Python floats: x (B, C, H, W), params (B, P, H, W) -> list of B."""
+    B, C, H, W = x.shape
+    sigmoid = lambda t: 1 / (1 + math.exp(-t))
+    delta, result = 1 / 255, []
+    for b in range(B):
+        total = 0.0
+        for h in range(H):
+            for w in range(W):
+                pixel = [value.item() for value in x[b, :, h, w]]
+                p = params[b, :, h, w].reshape(-1, mixtures).tolist()  # row: weight | C means | C log-scales | couplings
+                weights = [math.exp(logit) for logit in p[0]]
+                likelihood = 0.0
+                for m in range(mixtures):
+                    product, pair = weights[m] / sum(weights), 0
+                    for c in range(C):
+                        mu, s = p[1 + c][m], math.exp(p[1 + C + c][m])
+                        for j in range(c):
+                            mu += math.tanh(p[1 + 2 * C + pair][m]) * pixel[j]
+                            pair += 1
+                        upper = 1.0 if pixel[c] > 0.9999 else sigmoid((pixel[c] + delta - mu) / s)
+                        lower = 0.0 if pixel[c] < -0.9999 else sigmoid((pixel[c] - delta - mu) / s)
+                        product *= upper - lower
+                    likelihood += product
+                total += math.log(likelihood)
+        result.append(total)
+    return result
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_log_prob_equals_the_literal_formula(channels):
+    """Against a plain loop in float64, over images of 2 x 3 pixels that hold the levels 0, 1, 254 and 255 as well."""
+    generator = torch.Generator().manual_seed(channels)
+    levels = torch.randint(0, 256, (4, channels, 2, 3), generator=generator)
+    levels[0], levels[1], levels[2, :, 0], levels[2, :, 1] = 0, 255, 1, 254
+    x = levels.double() / 127.5 - 1
+    params = random_params(4, channels, 3, seed=channels, height=2, width=3, dtype=torch.float64)
+    params.unflatten(1, (-1, 3))[:, 1 + channels:1 + 2 * channels] += 1  # log-scales -3 … 0: plain float64 does not underflow
+    expected = torch.tensor(literal_log_prob(x, params, mixtures=3), dtype=torch.float64)
+    actual = dmol_log_prob(x, params)
+    assert actual.shape == (4,) and actual.dtype == torch.float64
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
+    assert torch.allclose(dmol_log_prob(x.float(), params.float()).double(), expected, rtol=0, atol=2e-3)
+
+@pytest.mark.parametrize("mean, level", [(1.0, 3), (-1.0, 252), (1.0, 0), (-1.0, 255)])
+def test_a_pixel_2000_scales_out_has_the_right_log_probability(mean, level):
+    """Scale e⁻⁷, pixel at the other end: p = e^a - e^b there, so log p = a + log(1 - e^(b-a)); at the edges log p = a."""
+    s, x = math.exp(-7), level / 127.5 - 1
+    a = (1 / 255 - abs(x - mean)) / s  # the nearer side of the bin, in scales; about -2,100
+    expected = a if level in (0, 255) else a + math.log1p(-math.exp(-2 / 255 / s))
+    actual = all_levels(pixel_params([0.0], [[mean]], [[-7.0]]))[level].item()
+    assert expected < -2000 and actual == pytest.approx(expected, rel=1e-5)
+
+def test_a_flat_component_gives_each_inner_level_its_density_times_the_step():
+    """Scale e⁷, mean 0: the density there is 1/4 a scale, so p = 2/255 · e⁻⁷ / 4 for every level but the two edges."""
+    actual = all_levels(pixel_params([0.0], [[0.0]], [[7.0]]))[1:-1]
+    assert torch.allclose(actual, torch.full((254,), math.log(2 / 255 / 4) - 7), rtol=0, atol=1e-5)
+
+def test_a_log_scale_below_minus_7_counts_as_minus_7_and_above_7_as_7():
+    """The clamp that keeps the exponentials finite."""
+    at = lambda log_scale: all_levels(pixel_params([0.0], [[0.2]], [[log_scale]]))
+    assert torch.equal(at(-50.0), at(-7.0)) and torch.equal(at(50.0), at(7.0))
+    assert not torch.equal(at(-6.5), at(-7.0)) and not torch.equal(at(6.5), at(7.0))
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_values_and_gradients_are_finite_for_any_parameters(size):
+    """Parameters of random sign and size up to ±1000, pixels that include both edges."""
+    generator = torch.Generator().manual_seed(0)
+    x = from_uint8(torch.randint(0, 256, (64, 3, 2, 2), generator=generator))
+    x[0], x[1] = -1, 1
+    params = (size * (2 * torch.rand(64, 100, 2, 2, generator=generator) - 1)).requires_grad_()
+    log_p = dmol_log_prob(x, params)
+    log_p.sum().backward()
+    assert log_p.isfinite().all() and (log_p <= 1e-3).all()
+    assert params.grad.isfinite().all() and params.grad.abs().sum() > 0
+
+def test_gradients_equal_finite_differences():
+    """Autograd against central differences in float64, with an edge level in each image."""
+    x = from_uint8(torch.tensor([[0, 100, 255], [255, 0, 30]])).double().reshape(2, 3, 1, 1)
+    params = random_params(2, 3, 2, seed=4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: dmol_log_prob(x, p), (params,), eps=1e-6, atol=1e-4)
+
+def test_autocast_does_not_touch_the_likelihood():
+    """bf16 autocast changes not one bit; bf16 parameters are computed in fp32; float64 stays float64."""
+    x, params = from_uint8(torch.arange(3 * 3 * 4).reshape(3, 3, 2, 2) * 7), random_params(3, 3, 10, 0, 2, 2)
+    plain = dmol_log_prob(x, params)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, from_half = dmol_log_prob(x, params), dmol_log_prob(x, params.bfloat16())
+    assert cast.dtype == plain.dtype == torch.float32 and torch.equal(cast, plain)
+    assert from_half.dtype == torch.float32 and torch.equal(from_half, dmol_log_prob(x, params.bfloat16().float()))
+    assert dmol_log_prob(x, params.double()).dtype == torch.float64
+
+def chi_square(counts, probabilities):
+    """Σ (observed - expected)² / expected over cells with 5 or more expected, the rest pooled -> statistic, degrees."""
+    expected = probabilities.double() * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1)])
+    return ((observed - expected) ** 2 / expected).sum().item(), len(expected) - 1
+
+def test_grey_samples_have_the_probabilities_that_log_prob_gives():
+    """100,000 draws in one image; chi-square within 5 standard deviations of its mean, df ± 5 √(2 df)."""
+    params = random_params(1, 1, 10, seed=3)
+    params[0, 10] = -1.2  # one component near the lower edge, so that the edge bin matters
+    torch.manual_seed(0)
+    draws = to_uint8(dmol_sample(params.expand(-1, -1, 250, 400)))
+    statistic, df = chi_square(torch.bincount(draws.flatten().long(), minlength=256), all_levels(params).exp())
+    assert df > 60 and statistic < df + 5 * math.sqrt(2 * df)
+
+def test_rgb_samples_have_the_joint_probabilities_that_log_prob_gives():
+    """Two narrow, coupled components: the counts of all colours in two cubes of 13³ against exp(log p), by chi-square."""
+    logits, scales = [0.3, -0.3], [[-5.2, -5.0], [-5.5, -5.2], [-5.3, -5.5]]
+    params = pixel_params(logits, [[-0.5, 0.5], [0.3, -0.2], [0.1, 0.0]], scales, [[1.0, -1.0], [-0.7, 0.8], [0.6, -0.4]])
+    t, cubes = math.tanh, []
+    for r, g, b, (gr, br, bg) in [(-0.5, 0.3, 0.1, (1.0, -0.7, 0.6)), (0.5, -0.2, 0.0, (-1.0, 0.8, -0.4))]:
+        g = g + t(gr) * r
+        b = b + t(br) * r + t(bg) * g
+        middle = to_uint8(torch.tensor([r, g, b])).long()
+        cubes.append(middle + torch.cartesian_prod(*[torch.arange(-6, 7)] * 3))
+    colours = torch.cat(cubes)  # (4394, 3)
+    probabilities = dmol_log_prob(from_uint8(colours)[:, :, None, None], params.expand(len(colours), -1, 1, 1)).exp()
+    assert 0.9 < probabilities.sum() < 1
+    torch.manual_seed(1)
+    draws = to_uint8(dmol_sample(params.expand(-1, -1, 250, 400), mixtures=2)).long()[0].flatten(1).T  # (100000, 3)
+    code = lambda colour: colour @ torch.tensor([65536, 256, 1])
+    counts = torch.bincount(code(draws), minlength=2**24)
+    counts = torch.cat([counts[code(colours)], (len(draws) - counts[code(colours)].sum())[None]])
+    probabilities = torch.cat([probabilities, (1 - probabilities.sum())[None]])
+    statistic, df = chi_square(counts, probabilities)
+    assert df > 500 and statistic < df + 5 * math.sqrt(2 * df)
+
+@pytest.mark.parametrize("channels, mean", [(1, False), (1, True), (3, False), (3, True)])
+def test_samples_are_images_on_the_grid(channels, mean):
+    """(B, C, H, W), float32, every value one of the 256; wild parameters included."""
+    torch.manual_seed(0)
+    for params in (random_params(2, channels, 10, 5, 6, 4), 1000 * torch.randn(2, dmol_channels(channels), 6, 4)):
+        x = dmol_sample(params, mean=mean)
+        assert x.shape == (2, channels, 6, 4) and x.dtype == torch.float32
+        assert torch.isin(x, from_uint8(LEVELS)).all()
+
+def test_samples_vary_and_follow_the_seed():
+    """Two draws differ; the same seed gives the same draw; the mean uses no randomness."""
+    params = random_params(1, 3, 10, 6, 8, 8)
+    torch.manual_seed(0); first = dmol_sample(params); second = dmol_sample(params)
+    torch.manual_seed(0); again = dmol_sample(params)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(dmol_sample(params, mean=True), dmol_sample(params, mean=True))
+
+def test_mean_of_one_dominating_component():
+    """R = 0.2, G = -0.4 + tanh(0.5) R, B = 0.9 + tanh(2) R + tanh(-1) G, each to the nearest level; draws are close to it."""
+    means, couplings = [[0.2, -1.0], [-0.4, -1.0], [0.9, -1.0]], [[0.5, 0.0], [2.0, 0.0], [-1.0, 0.0]]
+    params = pixel_params([50.0, 0.0], means, [[-7.0, 0.0]] * 3, couplings)
+    r = 0.2
+    g = -0.4 + math.tanh(0.5) * r
+    b = 0.9 + math.tanh(2) * r + math.tanh(-1) * g  # above 1: clipped
+    assert b > 1
+    expected = torch.tensor([r, g, 1.0])
+    assert torch.equal(dmol_sample(params, mean=True, mixtures=2).flatten(), common.quantize(expected))
+    assert (dmol_sample(params, mixtures=2).flatten() - expected).abs().max() < 4 / 255
+
+def test_mean_weighs_the_components():
+    """Weights 1/4 and 3/4, means -0.5 and 0.5: 0.25. A mean of 9 counts as 1: 1/4 (-0.5) + 3/4 = 0.625."""
+    for means, expected in (([-0.5, 0.5], 0.25), ([-0.5, 9.0], 0.625)):
+        params = pixel_params([0.0, math.log(3)], [means], [[0.0, 0.0]])
+        assert dmol_sample(params, mean=True, mixtures=2).item() == pytest.approx(expected, abs=1 / 255)
+
+# ---- Metrics ----------------------------------------------------------------------------------------------------------
+
+def test_bits_per_dim():
+    """8 fair bits for each of 12 dimensions are 96 ln 2 nats."""
+    assert common.bits_per_dim(96 * math.log(2), 12) == pytest.approx(8)
+    assert torch.allclose(common.bits_per_dim(torch.tensor([0.0, 12 * math.log(2)]), 12), torch.tensor([0.0, 1.0]))
+
+def test_log_mean_exp():
+    """Equals log(mean(exp)) along either dimension, and neither overflows nor underflows at ±10,000."""
+    w = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for dim in (0, 1):
+        assert torch.allclose(common.log_mean_exp(w, dim), w.exp().mean(dim).log())
+    assert torch.equal(common.log_mean_exp(w), common.log_mean_exp(w, 0))
+    for far in (1e4, -1e4):
+        assert torch.allclose(common.log_mean_exp(w + far) - far, common.log_mean_exp(w), atol=1e-9)
+    assert common.log_mean_exp(torch.tensor([1e4, -1e4])).item() == pytest.approx(1e4 - math.log(2))
+
+def test_psnr():
+    """Peak 2. Error 0.2 everywhere: 10 log10(4 / 0.04) = 20 dB; error 2 in one pixel of four: 10 log10(4) dB; none: infinite."""
+    x = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
+    y = x.clone()
+    y[0] += 0.2
+    y[1, 0, 0, 0] = 2
+    assert common.psnr(x, y)[:2].tolist() == pytest.approx([20, 10 * math.log10(4)])
+    assert common.psnr(x, y)[2] == math.inf
+
+class KnownModel:
+    """Seven images of one pixel. The terms and the log-weights of image i are known functions of its level i."""
+
+    weights = torch.tensor([[0.0, -1, -2, -3, -4, -5, -6], [0.0, -2, -2, -5, -4, -9, 10]]) - 20  # (S, N)
+
+    def level(self, x):
+        return to_uint8(x)[:, 0, 0, 0].long()
+
+    def terms(self, x):
+        return {"re_x": self.level(x).float(), "kl_z": self.level(x).float() ** 2}
+
+    def log_weights(self, x, samples):
+        assert samples == 2
+        return self.weights[:, self.level(x)]
+
+def seven(batch_size):
+    return Batches(np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1), batch_size, "cpu")
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_mean_terms_weighs_every_image_alike(batch_size):
+    """(0 + … + 6) / 7 = 3 and (0 + 1 + 4 + … + 36) / 7 = 13, however the images are cut into batches."""
+    assert common.mean_terms(KnownModel(), seven(batch_size)) == {"re_x": pytest.approx(3), "kl_z": pytest.approx(13)}
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_importance_weighted(batch_size):
+    """Log-weights l1, l2 of each image: log((e^l1 + e^l2) / 2) against (l1 + l2) / 2; the former bounds more tightly."""
+    result = common.importance_weighted(KnownModel(), seven(batch_size), samples=2, dims=5)
+    w = KnownModel.weights.double()
+    bpd = [-math.log((math.exp(a) + math.exp(b)) / 2) / (5 * math.log(2)) for a, b in w.T.tolist()]
+    mean = sum(bpd) / 7
+    assert result["iw_bpd"] == pytest.approx(mean)
+    assert result["iw_bpd_se"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in bpd) / 6 / 7))
+    assert result["iw_elbo_bpd"] == pytest.approx(-w.mean().item() / (5 * math.log(2)))
+    assert result["iw_bpd"] < result["iw_elbo_bpd"]
+    assert result["iw_samples"] == 2 and result["iw_images"] == 7
+
+def test_equal_weights_make_both_bounds_equal(monkeypatch):
+    """Where the weights do not vary, Jensen's inequality is an equality."""
+    monkeypatch.setattr(KnownModel, "weights", torch.full((2, 7), -3.0))
+    result = common.importance_weighted(KnownModel(), seven(4), samples=2, dims=5)
+    assert result["iw_bpd"] == pytest.approx(result["iw_elbo_bpd"]) == pytest.approx(3 / (5 * math.log(2)))
+    assert result["iw_bpd_se"] == pytest.approx(0, abs=1e-12)
+
+def test_seconds_to_sample(monkeypatch):
+    """By a clock of our own: 100 s for the first draw, which is not counted, then 5 draws of 2 s."""
+    now, calls = [0.0], []
+    class Model:
+        def sample(self, n):
+            calls.append(n)
+            now[0] += 100 if len(calls) == 1 else 2
+            return torch.zeros(n)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    assert common.seconds_to_sample(Model(), 4, runs=5) == 2 and calls == [4] * 6
+
+# ---- shapes -----------------------------------------------------------------------------------------------------------
+
+def test_shapes_are_deterministic():
+    """Same (count, size, seed), same images and labels; another seed, others."""
+    images, labels = draw_shapes(300, 32, seed=0)
+    again, labels_again = draw_shapes(300, 32, seed=0)
+    assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
+    other, _ = draw_shapes(300, 32, seed=1)
+    assert not (images == other).all((1, 2, 3)).any()
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_shapes_have_labels_that_take_every_value(size):
+    """uint8 images of the wanted size; kind, colour, size, column, row take 4, 8, 4, 4, 4 values."""
+    images, labels = draw_shapes(300, size, seed=0)
+    assert images.shape == (300, size, size, 3) and images.dtype == np.uint8
+    assert labels.shape == (300, 5) and labels.dtype == np.uint8
+    assert [sorted(set(column)) for column in labels.T.tolist()] == [list(range(n)) for n in (4, 8, 4, 4, 4)]
+
+def test_more_than_one_block_of_shapes():
+    """Images are drawn 500 at a time; the ones after the 500th are drawn as well."""
+    images, labels = draw_shapes(510, 16, seed=0)
+    assert len(labels) == 510 and (images[500:].std((1, 2, 3)) > 5).all()
+
+def test_the_figure_has_the_kind_the_colour_and_the_place_that_its_label_says():
+    """Around (column, row) discs, squares and triangles show the labelled colour; rings (kind 3) are hollow there."""
+    images, labels = draw_shapes(300, 32, seed=0)
+    column, row = (((labels[:, i] + 0.5) / 8 + 0.25) * 32 for i in (3, 4))  # the middle of the labelled cell
+    around = lambda image, x, y: image[int(y) - 1:int(y) + 1, int(x) - 1:int(x) + 1].mean((0, 1))
+    patches = np.array([around(*each) for each in zip(images, column, row)])
+    found = np.linalg.norm(patches[:, None] - common.COLOURS, axis=-1).argmin(1) == labels[:, 1]
+    by_kind = [found[labels[:, 0] == kind].mean() for kind in range(4)]
+    assert min(by_kind[:3]) > 0.9 and by_kind[3] < 0.5, by_kind
+
+def test_shapes_carry_sensor_noise():
+    """Second differences cancel the gradient and leave noise of sd 2 √(1 + 4 + 1) = 4.9: a median size of 0.67 · 4.9 = 3.3."""
+    images, _ = draw_shapes(50, 32, seed=0)
+    assert 2.8 < np.median(abs(np.diff(images.astype(float), n=2, axis=2))) < 4.2
+
+# ---- Batches ----------------------------------------------------------------------------------------------------------
+
+def numbered(count, channels=1):
+    """Image i is constant: level i in channel 0, i + 50 in channel 1, i + 100 in channel 2."""
+    base = np.arange(count)[:, None, None, None] + 50 * np.arange(channels)
+    return np.ascontiguousarray(np.broadcast_to(base, (count, 4, 6, channels)), np.uint8)
+
+def which(x):
+    """The numbers of the images in a batch of `numbered` images."""
+    return to_uint8(x)[:, 0, 0, 0].tolist()
+
+def test_batches_are_channels_first_floats():
+    """(B, C, H, W) float32 in [-1, 1], channels in order, in channels-last memory."""
+    x = Batches(numbered(8, 3), 5, "cpu").batch(0)
+    assert x.shape == (5, 3, 4, 6) and x.dtype == torch.float32
+    assert x.min() >= -1 and x.max() <= 1
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    numbers = torch.tensor(which(x))
+    assert torch.equal(to_uint8(x[:, :, 2, 3]).long(), torch.stack([numbers, numbers + 50, numbers + 100], 1))
+
+def test_a_batch_follows_from_seed_and_step_alone():
+    """A new object, asked for one late step only, gives what an old one gives that went through all of them."""
+    old = Batches(numbered(40), 8, "cpu", seed=3)
+    history = [which(old.batch(step)) for step in range(23)]
+    assert which(Batches(numbered(40), 8, "cpu", seed=3).batch(22)) == history[22]
+    assert which(old.batch(4)) == history[4]  # and back again
+    assert which(Batches(numbered(40), 8, "cpu", seed=4).batch(22)) != history[22]
+
+def test_every_image_comes_exactly_once_an_epoch():
+    """40 images in batches of 8: steps 0 … 4 hold each once, steps 5 … 9 too, in another order."""
+    batches = Batches(numbered(40), 8, "cpu")
+    first, second = (sum((which(batches.batch(step)) for step in steps), []) for steps in (range(5), range(5, 10)))
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+
+def test_no_image_comes_twice_where_the_batch_size_does_not_divide():
+    """11 images in batches of 4: two whole batches an epoch, eight different images."""
+    batches = Batches(numbered(11), 4, "cpu")
+    assert batches.per_epoch == 2
+    assert len(set(which(batches.batch(0)) + which(batches.batch(1)))) == 8
+
+def test_a_batch_larger_than_the_split_is_the_split():
+    """5 images, batch size 100: every step holds all five."""
+    batches = Batches(numbered(5), 100, "cpu")
+    assert sorted(which(batches.batch(0))) == sorted(which(batches.batch(7))) == list(range(5))
+
+def test_iterating_is_the_whole_split_in_order():
+    """11 images in batches of 4: 0-3, 4-7, 8-10; the same again the second time, never augmented."""
+    batches = Batches(numbered(11), 4, "cpu", augment=True)
+    for _ in range(2):
+        assert [which(x) for x in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    stripes = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    x = torch.cat(list(Batches(stripes, 4, "cpu", augment=True)))
+    assert torch.equal(to_uint8(x), torch.from_numpy(stripes).permute(0, 3, 1, 2))
+
+def test_memory_mapped_batches_equal_resident_ones(monkeypatch, tmp_path):
+    """A split over the limit is read from disk for each batch: same images, in training and evaluation."""
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8))
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    for images in (array, common.Subset(array, np.arange(1, 20, 2))):
+        resident = Batches(images, 3, "cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "RESIDENT_BYTES", 0)
+            mapped = Batches(images, 3, "cpu")
+        assert resident.resident is not None and mapped.resident is None
+        assert all(torch.equal(resident.batch(step), mapped.batch(step)) for step in range(8))
+        assert all(torch.equal(a, b) for a, b in zip(resident, mapped, strict=True))
+
+def test_a_subset_is_a_view_through_its_index():
+    """Positions 0, 1, 2 of the subset are rows 4, 1, 7 of the array."""
+    subset = common.Subset(numbered(9), np.array([4, 1, 7]))
+    assert len(subset) == 3 and subset.shape == (3, 4, 6, 1)
+    assert [int(subset[i][0, 0, 0]) for i in range(3)] == [4, 1, 7]
+    assert subset[np.array([2, 0])][:, 0, 0, 0].tolist() == [7, 4] and subset[:][:, 0, 0, 0].tolist() == [4, 1, 7]
+
+def coordinates(batch, height, width):
+    """Each pixel holds its own (row, column): what augment did can be read off the result."""
+    image = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1).to(torch.uint8)
+    return image.expand(batch, -1, -1, -1).contiguous()
+
+def test_augment_shifts_by_at_most_5_percent_and_repeats_the_edge():
+    """30 rows: up to 2; 20 columns: up to 1. Each result is a clamped shift, mirrored or not; all 5 · 3 · 2 of them occur."""
+    torch.manual_seed(0)
+    result = common.augment(coordinates(1000, 30, 20))
+    assert result.shape == (1000, 30, 20, 2) and result.dtype == torch.uint8
+    expected = {}
+    for dy in range(-2, 3):
+        for dx in range(-1, 2):
+            for flip in (False, True):
+                rows = [min(max(i + dy, 0), 29) for i in range(30)]
+                columns = [min(max(j + dx, 0), 19) for j in range(20)]
+                if flip:
+                    columns = [19 - j for j in columns]
+                image = torch.tensor([[[i, j] for j in columns] for i in rows], dtype=torch.uint8)
+                expected[image.numpy().tobytes()] = (dy, dx, flip)
+    seen = [expected[image.numpy().tobytes()] for image in result]  # KeyError: not a clamped shift of at most that much
+    assert set(seen) == set(expected.values())  # each is missed by all 1,000 with a chance below 1e-14
+
+def test_augment_flips_each_image_with_probability_one_half():
+    """2,000 images of one batch: 1,000 flips, ± 5 standard deviations of √500 = 22."""
+    torch.manual_seed(0)
+    columns = common.augment(coordinates(2000, 20, 20))[:, 0, :, 1].int()
+    flips = (columns[:, 0] > columns[:, -1]).sum().item()
+    assert abs(flips - 1000) < 5 * math.sqrt(500)
+
+def test_augment_leaves_a_constant_image_alone():
+    """Edge repetition brings in no new values."""
+    image = torch.full((16, 9, 7, 3), 77, dtype=torch.uint8)
+    assert torch.equal(common.augment(image), image)
+
+def test_batches_augment_only_when_told():
+    """The same step with and without: same images in the same order, moved or not."""
+    levels = np.random.default_rng(0).integers(0, 256, (32, 20, 20, 3), np.uint8)
+    plain, moved = (Batches(levels, 32, "cpu", augment=on).batch(0) for on in (False, True))
+    assert torch.equal(plain, Batches(levels, 32, "cpu").batch(0)) and not torch.equal(plain, moved)
+    histogram = lambda x: torch.stack([torch.histc(image, 16, -1, 1) for image in x])
+    assert (histogram(plain) - histogram(moved)).abs().sum(1).max() < 0.2 * 20 * 20 * 3
+
+def test_digits_and_celeba_are_not_augmented():
+    """A flipped digit is no digit; the paper leaves CelebA alone."""
+    make = lambda name: common.Images(name, 32, None, None, np.zeros((1, 4, 6, 3), np.uint8), None)
+    assert {name: make(name).augment for name in common.SIZES} == {
+        "shapes": True, "mnist": False, "cifar10": True, "stl10": True, "imagenette": True, "celeba": False}
+    assert make("holiday pictures").augment and make("shapes").shape == (3, 4, 6)
+
+# ---- load_images: shapes and the cache --------------------------------------------------------------------------------
+
+FILES = ["test-labels.npy", "test.npy", "train-labels.npy", "train.npy"]  # of a dataset with labels
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """`shapes` with 200 + 40 images instead of 20,000 + 2,000."""
+    monkeypatch.setattr(common, "_shapes_splits", lambda data_dir, size: {
+        "train": (200, *draw_shapes(200, size, seed=0)), "test": (40, *draw_shapes(40, size, seed=1))})
+
+def test_shapes_are_20000_and_2000(monkeypatch):
+    """Train and test images, from different seeds; none is drawn here."""
+    drawn = []
+    def draw(count, size, seed):
+        drawn.append((count, size, seed))
+        return "images", "labels"
+    monkeypatch.setattr(common, "draw_shapes", draw)
+    splits = common._shapes_splits(None, 32)
+    assert drawn == [(20_000, 32, 0), (2_000, 32, 1)]
+    assert splits == {"train": (20_000, "images", "labels"), "test": (2_000, "images", "labels")}
+
+def test_shapes_on_disk(small_shapes, tmp_path):
+    """shapes-16/{train,test}.npy and labels, uint8, in the agreed layout; what is loaded is what was drawn, labels aligned."""
+    images = load_images("shapes", tmp_path, 16)
+    folder = tmp_path / "shapes-16"
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == ["shapes-16"]
+    train, labels = draw_shapes(200, 16, seed=0)
+    assert np.array_equal(np.load(folder / "train.npy"), train) and np.array_equal(np.load(folder / "train-labels.npy"), labels)
+    assert images.name == "shapes" and images.size == 16 and images.shape == (3, 16, 16)
+    assert isinstance(images.test, np.memmap)
+    for split in ("train", "valid"):
+        subset = getattr(images, split)
+        assert np.array_equal(subset[:], train[subset.index]) and np.array_equal(images.labels[split], labels[subset.index])
+    test, labels = draw_shapes(40, 16, seed=1)
+    assert np.array_equal(images.test, test) and np.array_equal(images.labels["test"], labels)
+
+def test_the_default_size_is_that_of_the_dataset(small_shapes, tmp_path):
+    """No size given: 32 for shapes."""
+    assert load_images("shapes", tmp_path).shape == (3, 32, 32) and (tmp_path / "shapes-32").is_dir()
+
+def test_the_second_call_reads_and_does_not_make(small_shapes, tmp_path, monkeypatch, capsys):
+    """What is on disk is used as it is; nothing is said about preparing."""
+    first = load_images("shapes", tmp_path, 16)
+    assert "preparing" in capsys.readouterr().out
+    monkeypatch.setattr(common, "_shapes_splits", lambda data_dir, size: pytest.fail("made again"))
+    second = load_images("shapes", tmp_path, 16)
+    assert np.array_equal(first.train[:], second.train[:]) and capsys.readouterr().out == ""
+
+def test_validation_is_15_percent_and_never_changes(small_shapes, tmp_path):
+    """30 of 200 images, none of which is trained on; the same ones in another folder; scattered, not the first 30."""
+    one, two = load_images("shapes", tmp_path / "a", 16), load_images("shapes", tmp_path / "b", 16)
+    assert len(one.valid) == 30 and len(one.train) == 170
+    assert sorted([*one.valid.index, *one.train.index]) == list(range(200))
+    assert np.array_equal(one.valid.index, two.valid.index) and np.array_equal(one.valid[:], two.valid[:])
+    assert 60 < one.valid.index.mean() < 140
+
+def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(small_shapes, tmp_path, monkeypatch):
+    """Ctrl-C at the sixth image: no shapes-16; the next call makes it whole."""
+    def broken(data_dir, size):
+        def images():
+            yield from draw_shapes(5, size, seed=0)[0]
+            raise KeyboardInterrupt
+        return {"train": (200, images(), None), "test": (40, images(), None)}
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "_shapes_splits", broken)
+        with pytest.raises(KeyboardInterrupt):
+            load_images("shapes", tmp_path, 16)
+    assert not (tmp_path / "shapes-16").exists()
+    assert np.array_equal(load_images("shapes", tmp_path, 16).test, draw_shapes(40, 16, seed=1)[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["shapes-16"]
+
+def test_a_truncated_file_is_named(small_shapes, tmp_path):
+    """train.npy cut in half: an error that names it and says what to do."""
+    load_images("shapes", tmp_path, 16)
+    path = tmp_path / "shapes-16" / "train.npy"
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(UserError, match="delete its folder") as error:
+        load_images("shapes", tmp_path, 16)
+    assert str(path) in str(error.value)
+
+def test_a_missing_or_foreign_array_is_refused(small_shapes, tmp_path):
+    """No test.npy, or one of floats."""
+    load_images("shapes", tmp_path, 16)
+    path = tmp_path / "shapes-16" / "test.npy"
+    path.unlink()
+    with pytest.raises(UserError, match="test.npy"):
+        load_images("shapes", tmp_path, 16)
+    np.save(path, np.zeros((4, 16, 16, 3), np.float32))
+    with pytest.raises(UserError, match="float32"):
+        load_images("shapes", tmp_path, 16)
+
+def test_an_unknown_name_and_a_missing_folder_are_refused(tmp_path):
+    """The message repeats the name and lists the names that exist."""
+    for name in ("imagenet", str(tmp_path / "nowhere")):
+        with pytest.raises(UserError, match="shapes, mnist, cifar10") as error:
+            load_images(name, tmp_path)
+        assert name in str(error.value) and "folder" in str(error.value)
+
+def test_a_size_below_8_is_refused(tmp_path):
+    """And nothing is made."""
+    with pytest.raises(UserError, match="at least 8"):
+        load_images("shapes", tmp_path, 4)
+    assert not list(tmp_path.iterdir())
+
+# ---- load_images: a folder --------------------------------------------------------------------------------------------
+
+def write(path, pixels, **options):
+    """(C, H, W) uint8 -> an image file of the kind that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    TF.to_pil_image(pixels).save(path, **options)
+
+def write_grey(path, level, height=20, width=30):
+    """A constant grey RGB image."""
+    write(path, torch.full((3, height, width), level, dtype=torch.uint8))
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 images of levels 0 … 39, not square, in nested folders."""
+    for i in range(40):
+        write_grey(tmp_path / "pictures" / f"part{i % 3}" / "deep" / f"{i}.png", i, 20 + i % 5, 30 - i % 7)
+    return tmp_path / "pictures"
+
+def levels_of(split):
+    return sorted(split[:][:, 0, 0, 0].tolist())
+
+def test_a_folder_of_images(folder, tmp_path):
+    """Read recursively, made square at the wanted size; a tenth is test, 15 % of the rest validation, each image once."""
+    images = load_images(str(folder), tmp_path / "data", 16)
+    assert images.name == "pictures" and images.shape == (3, 16, 16) and images.labels is None
+    assert (len(images.train), len(images.valid), len(images.test)) == (31, 5, 4)
+    assert sorted(levels_of(images.train) + levels_of(images.valid) + levels_of(images.test)) == list(range(40))
+    assert (images.train[:].std((1, 2, 3)) == 0).all()
+    again = load_images(str(folder), tmp_path / "other", 16)
+    assert np.array_equal(images.test, again.test)
+
+def test_the_default_size_of_a_folder_is_64(folder, tmp_path):
+    """No size given."""
+    assert load_images(str(folder), tmp_path / "data").shape == (3, 64, 64)
+
+def test_images_are_cropped_in_the_centre(tmp_path):
+    """48 x 16 with its thirds dark, middle, bright: only the middle third remains, both ways round."""
+    for i in range(10):
+        levels = torch.tensor([10, 120, 230], dtype=torch.uint8).repeat_interleave(16)
+        image = levels.expand(3, 16, 48) if i % 2 else levels[:, None].expand(3, 48, 16)
+        write(tmp_path / "wide" / f"{i}.png", image)
+    images = load_images(str(tmp_path / "wide"), tmp_path, 16)
+    assert (images.train[:] == 120).all() and (images.test == 120).all()
+
+def test_grey_and_transparent_images_become_rgb(tmp_path):
+    """1, 3 and 4 channels, .png and .jpg, in one folder."""
+    for i in range(12):
+        pixels = torch.full(((1, 3, 4)[i % 3], 9, 9), 80, dtype=torch.uint8)
+        write(tmp_path / "mixed" / f"{i}{'.JPG' if i % 3 < 2 and i % 2 else '.png'}", pixels)
+    images = load_images(str(tmp_path / "mixed"), tmp_path, 8)
+    assert images.train.shape[1:] == (8, 8, 3) and (images.train[:] == 80).all()
+
+def test_train_and_test_subfolders_are_respected(tmp_path):
+    """20 images below train/ and 6 below test/ stay where they are; a loose one is left out."""
+    for i in range(20):
+        write_grey(tmp_path / "own" / "train" / f"{i}.png", i)
+    for i in range(6):
+        write_grey(tmp_path / "own" / "test" / "nested" / f"{i}.png", 100 + i)
+    write_grey(tmp_path / "own" / "loose.png", 255)
+    images = load_images(str(tmp_path / "own"), tmp_path, 8)
+    assert levels_of(images.test) == list(range(100, 106))
+    assert sorted(levels_of(images.train) + levels_of(images.valid)) == list(range(20)) and len(images.valid) == 3
+
+def test_a_changed_folder_gets_a_new_cache(folder, tmp_path):
+    """Unchanged: one cache folder. One image replaced: a second one, with the new image in it."""
+    data = tmp_path / "data"
+    load_images(str(folder), data, 8), load_images(str(folder), data, 8)
+    assert len(list(data.iterdir())) == 1
+    write_grey(folder / "part0" / "deep" / "0.png", 200, 50, 50)
+    images = load_images(str(folder), data, 8)
+    assert len(list(data.iterdir())) == 2
+    everything = levels_of(images.train) + levels_of(images.valid) + levels_of(images.test)
+    assert 200 in everything and 0 not in everything
+
+def test_an_empty_folder_is_refused(tmp_path):
+    """Nothing in it, or nothing that is an image, or an empty test/: the message names the folder."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="holds 0 images") as error:
+        load_images(str(empty), tmp_path / "data")
+    assert str(empty) in str(error.value)
+    (empty / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="holds 0 images"):
+        load_images(str(empty), tmp_path / "data")
+    for i in range(12):
+        write_grey(empty / "train" / f"{i}.png", i)
+    (empty / "test").mkdir()
+    with pytest.raises(UserError, match="test holds no images"):
+        load_images(str(empty), tmp_path / "data")
+
+def test_a_broken_image_is_named(folder, tmp_path):
+    """Garbage in a .png, or a .png cut short: the message names it; nothing that looks finished is left."""
+    good = (folder / "part0" / "deep" / "3.png").read_bytes()
+    for content in (b"this is not a picture", good[:len(good) // 2]):
+        (folder / "broken.png").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read the image") as error:
+            load_images(str(folder), tmp_path / "data", 8)
+        assert "broken.png" in str(error.value)
+        assert all(p.suffix == ".partial" for p in (tmp_path / "data").iterdir())
+
+# ---- load_images: torchvision's datasets ------------------------------------------------------------------------------
+
+def test_mnist_is_padded_to_32(tmp_path, monkeypatch):
+    """28 x 28 digits in a frame of two black pixels, one channel, with labels; at 28 they stay as they are, at 14 are resized."""
+    digits = torch.arange(20)[:, None, None].expand(20, 28, 28).to(torch.uint8) + 100
+    class MNIST:
+        def __init__(self, root, train, download):
+            assert download and str(root).startswith(str(tmp_path))
+            self.data, self.targets = (digits, torch.arange(20) % 10) if train else (digits[:6] + 50, torch.arange(6))
+    monkeypatch.setattr(torchvision.datasets, "MNIST", MNIST)
+    images = load_images("mnist", tmp_path)
+    assert images.shape == (1, 32, 32) and not images.augment
+    assert sorted(p.name for p in (tmp_path / "mnist-32").iterdir()) == FILES
+    train = np.load(tmp_path / "mnist-32" / "train.npy")
+    assert train.shape == (20, 32, 32, 1) and train.dtype == np.uint8
+    assert (train[:, 2:30, 2:30, 0] == digits.numpy()).all()
+    assert train.sum() == digits.sum()  # the frame is zero
+    assert (images.train[:][:, 16, 16, 0] - 100 == images.train.index).all()
+    assert np.array_equal(images.labels["train"], images.train.index % 10) and images.labels["test"].tolist() == list(range(6))
+    assert (load_images("mnist", tmp_path, 28).test[:, :, :, 0] == (digits[:6] + 50).numpy()).all()
+    assert (load_images("mnist", tmp_path, 14).test[:, :, :, 0] == (digits[:6, :14, :14] + 50).numpy()).all()
+
+def test_cifar10(tmp_path, monkeypatch):
+    """(N, 32, 32, 3) as torchvision holds it, with labels; resized at 16."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    class CIFAR10:
+        def __init__(self, root, train, download):
+            self.data, self.targets = (pixels, [i % 10 for i in range(20)]) if train else (pixels[::-1][:5], [9, 8, 7, 6, 5])
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    images = load_images("cifar10", tmp_path)
+    assert images.shape == (3, 32, 32) and images.augment
+    assert np.array_equal(images.train[:], pixels[images.train.index]) and np.array_equal(images.test, pixels[::-1][:5])
+    assert np.array_equal(images.labels["valid"], images.valid.index % 10) and images.labels["test"].tolist() == [9, 8, 7, 6, 5]
+    small = load_images("cifar10", tmp_path, 16)
+    assert small.shape == (3, 16, 16) and abs(small.test.mean((1, 2)) - images.test.mean((1, 2))).max() < 5
+
+def test_stl10(tmp_path, monkeypatch):
+    """Channels-first 96 x 96 becomes channels-last 32 x 32; train is train+unlabeled; no labels."""
+    parts = []
+    class STL10:
+        def __init__(self, root, split, download):
+            parts.append(split)
+            colour = np.array([10, 100, 200], np.uint8)[None, :, None, None]
+            self.data = np.broadcast_to(colour, ({"train+unlabeled": 20, "test": 4}[split], 3, 96, 96))
+    monkeypatch.setattr(torchvision.datasets, "STL10", STL10)
+    images = load_images("stl10", tmp_path)
+    assert parts == ["train+unlabeled", "test"] and images.labels is None
+    assert images.shape == (3, 32, 32) and len(images.train) + len(images.valid) == 20 and len(images.test) == 4
+    assert (images.train[:] == [10, 100, 200]).all() and (images.test == [10, 100, 200]).all()
+
+def test_imagenette(tmp_path, monkeypatch):
+    """Pictures of 160 on the shorter side become 64 x 64, with their class; the validation part is the test split."""
+    calls = []
+    class Imagenette:
+        def __init__(self, root, split, size, download=False):
+            calls.append((split, size, download))
+            count = {"train": 20, "val": 5}[split]
+            (root / "imagenette2-160").mkdir(parents=True, exist_ok=True)  # as if downloaded
+            self._samples = [(f"{i}.JPEG", i % 10) for i in range(count)]
+        def __len__(self):
+            return len(self._samples)
+        def __iter__(self):
+            for i, (_, label) in enumerate(self._samples):
+                yield TF.to_pil_image(torch.full((3, 160, 213), i + 50, dtype=torch.uint8)), label
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", Imagenette)
+    images = load_images("imagenette", tmp_path)
+    assert calls == [("train", "160px", True), ("val", "160px", False)]
+    assert images.shape == (3, 64, 64) and len(images.test) == 5
+    assert (images.train[:] == images.train.index[:, None, None, None] + 50).all()
+    assert np.array_equal(images.labels["train"], images.train.index % 10)
+
+def test_a_failed_download_is_a_user_error(tmp_path, monkeypatch):
+    """No network, a wrong checksum: the message names the dataset, the folder and the cause."""
+    for failure in (OSError("no route to host"), RuntimeError("File not found or corrupted.")):
+        class MNIST:
+            def __init__(self, **arguments):
+                raise failure
+        monkeypatch.setattr(torchvision.datasets, "MNIST", MNIST)
+        with pytest.raises(UserError, match=f"downloading MNIST .*{failure}") as error:
+            load_images("mnist", tmp_path)
+        assert str(tmp_path) in str(error.value)
+        assert not (tmp_path / "mnist-32").exists()
+
+# ---- load_images: celeba ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def celeba(tmp_path):
+    """30 pictures of 178 x 218 laid out by hand: number i is in partition 0 (i < 20), 1 (20-24) or 2 (25-29).
+
+    Inside the crop (top 40, left 15, side 148) the picture has level 60 + 4 i, its top left quarter 20; outside it is white.
+    Attribute 0 is set on even numbers, attribute 39 on all, the other 38 on none.
+    """
+    root = tmp_path / "celeba"
+    partition, rows = [], ["30", " ".join(f"Attribute_{a}" for a in range(40))]
+    for i in range(30):
+        image = torch.full((3, 218, 178), 255, dtype=torch.uint8)
+        image[:, 40:188, 15:163] = 60 + 4 * i
+        image[:, 40:114, 15:89] = 20
+        name = f"{i + 1:06d}.jpg"
+        write(root / "img_align_celeba" / name, image, quality=100)
+        partition.append(f"{name} {0 if i < 20 else 1 if i < 25 else 2}")
+        rows.append(f"{name}  {' '.join(['-1' if i % 2 else ' 1', *['-1'] * 38, ' 1'])}")
+    (root / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    (root / "list_attr_celeba.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+def test_celeba_laid_out_by_hand(celeba, tmp_path):
+    """The official partition, the crop of the paper, 40 binary attributes; nothing is downloaded."""
+    images = load_images("celeba", tmp_path)
+    assert images.shape == (3, 64, 64) and not images.augment
+    assert len(images.train) + len(images.valid) == 20 and len(images.test) == 5
+    for array, numbers in ((images.train[:], images.train.index), (images.test[:], np.arange(25, 30))):
+        array = array.astype(int)
+        assert abs(array[:, 36:, 2:-2] - (60 + 4 * numbers)[:, None, None, None]).max() <= 3
+        assert abs(array[:, 2:29, 2:29] - 20).max() <= 3
+        assert array[:, 0, 33:].max() < 255 - 20 and array[:, :, -1].max() < 255 - 20  # no white frame
+    for split, numbers in (("train", images.train.index), ("valid", images.valid.index), ("test", np.arange(25, 30))):
+        labels = images.labels[split]
+        assert labels.shape == (len(numbers), 40) and labels.dtype == np.uint8
+        assert np.array_equal(labels[:, 0], numbers % 2 == 0) and not labels[:, 1:39].any() and labels[:, 39].all()
+
+def test_celeba_without_attributes_has_no_labels(celeba, tmp_path):
+    """list_attr_celeba.txt is optional."""
+    (celeba / "list_attr_celeba.txt").unlink()
+    assert load_images("celeba", tmp_path).labels is None
+
+def test_celeba_with_a_missing_picture_names_it(celeba, tmp_path):
+    """000007.jpg is listed and not there."""
+    (celeba / "img_align_celeba" / "000007.jpg").unlink()
+    with pytest.raises(UserError, match="000007.jpg"):
+        load_images("celeba", tmp_path)
+    assert not (tmp_path / "celeba-64").exists()
+
+def test_celeba_with_an_empty_partition_says_so(celeba, tmp_path):
+    """A list that holds training images only."""
+    (celeba / "list_eval_partition.txt").write_text("000001.jpg 0\n")
+    with pytest.raises(UserError, match="lists no test images"):
+        load_images("celeba", tmp_path)
+
+def test_celeba_that_cannot_be_downloaded_says_what_to_put_where(tmp_path, monkeypatch):
+    """The host's daily quota is often used up: the message gives the cause and the two places for files fetched by hand."""
+    class CelebA:
+        def __init__(self, root, download):
+            assert download
+            raise RuntimeError("quota")
+    monkeypatch.setattr(torchvision.datasets, "CelebA", CelebA)
+    with pytest.raises(UserError, match="quota") as error:
+        load_images("celeba", tmp_path)
+    assert str(tmp_path / "celeba" / "list_eval_partition.txt") in str(error.value)
+    assert str(tmp_path / "celeba" / "img_align_celeba") in str(error.value)
