@@ -72,17 +72,13 @@ class Images:
     valid: Subset
     test: np.ndarray
     labels: dict | None
+    augment: bool  # whether training flips and shifts: not on CelebA (A.5), and a flipped digit is no digit
 
     @property
     def shape(self):
         """(C, H, W), as the models take it."""
         height, width, channels = self.test.shape[1:]
         return (channels, height, width)
-
-    @property
-    def augment(self):
-        """Whether training flips and shifts the images: the paper (A.5) does not on CelebA, and a flipped digit is no digit."""
-        return self.name not in ("mnist", "celeba")
 
 def load_images(name, data_dir, size=None):
     """The dataset `name`, one of SIZES or the path of a folder of images, at `size` pixels a side -> Images.
@@ -96,7 +92,7 @@ def load_images(name, data_dir, size=None):
         source = Path(name).expanduser()
         if not source.is_dir():
             raise UserError(f"dataset {name!r} is neither one of {', '.join(SIZES)} nor a folder of images")
-    size = size or SIZES.get(name, 64)
+    size = SIZES.get(name, 64) if size is None else size
     if size < 8:
         raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
     key = name if source is None else _folder_key(source)
@@ -105,26 +101,26 @@ def load_images(name, data_dir, size=None):
         print(f"preparing {folder} (once)", flush=True)
         splits = _folder_splits(source, size) if source else globals()[f"_{name}_splits"](Path(data_dir), size)
         _store(folder, splits)
-    train, test = (_open(folder / f"{split}.npy") for split in ("train", "test"))
+    train, test = (_open(folder / f"{split}.npy", 4) for split in ("train", "test"))
     order = np.random.default_rng(0).permutation(len(train))
-    n_valid = round(VALID_SHARE * len(train))
+    n_valid = max(1, round(VALID_SHARE * len(train)))
     index = {"valid": np.sort(order[:n_valid]), "train": np.sort(order[n_valid:])}
     labels = None
     if (folder / "train-labels.npy").exists():
-        train_labels = np.load(folder / "train-labels.npy", allow_pickle=False)
+        train_labels = _open(folder / "train-labels.npy", (1, 2), len(train))
         labels = {split: train_labels[i] for split, i in index.items()}
-        labels["test"] = np.load(folder / "test-labels.npy", allow_pickle=False)
-    return Images(source.resolve().name if source else name, size,
-                  Subset(train, index["train"]), Subset(train, index["valid"]), test, labels)
+        labels["test"] = _open(folder / "test-labels.npy", (1, 2), len(test))
+    return Images(source.resolve().name if source else name, size, Subset(train, index["train"]),
+                  Subset(train, index["valid"]), test, labels, source is not None or name not in ("mnist", "celeba"))
 
-def _open(path):
-    """Memory-map one split, (N, H, W, C) uint8."""
+def _open(path, dims, count=None):
+    """Memory-map one file of the on-disk format: uint8, `dims` (4: images; 1 or 2: labels) dimensions, `count` rows."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {path} ({error}); delete its folder to have it made again") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}, not uint8 images (N, H, W, C)")
+    if array.dtype != np.uint8 or array.ndim not in np.atleast_1d(dims) or len(array) < 1 or len(array) != (count or len(array)):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8 (N, H, W, C), or labels, a row an image")
     return array
 
 def _store(folder, splits):
@@ -161,8 +157,9 @@ def _download(dataset, **arguments):
     name = dataset.__name__
     try:
         return dataset(download=True, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
-        raise UserError(f"downloading {name} to {arguments['root']} failed: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the network, archives and the download helpers each raise their own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"downloading {name} to {arguments['root']} failed: {reason}") from None
 
 def _mnist_splits(data_dir, size):
     splits = {}
@@ -212,25 +209,28 @@ def _celeba_splits(data_dir, size):
             raise UserError(f"{error}. By hand: unzip img_align_celeba.zip so that {jpegs}/000001.jpg exists, put "
                             f"list_eval_partition.txt at {partition} and (optional, labels) list_attr_celeba.txt beside "
                             "it; all three are on the CelebA project page") from None
-    part = dict(line.split() for line in partition.read_text().splitlines() if line.strip())
     labels = {}
-    if attributes.exists():  # two header lines, then: file name, 40 times 1 or -1
-        rows = (line.split() for line in attributes.read_text().splitlines()[2:])
-        labels = {row[0]: [int(value) > 0 for value in row[1:]] for row in rows if row}
+    try:
+        part = dict(line.split() for line in partition.read_text().splitlines() if line.strip())
+        if attributes.exists():  # two header lines, then: file name, 40 times 1 or -1
+            rows = [line.split() for line in attributes.read_text().splitlines()[2:] if line.strip()]
+            labels = {name: [int(value) > 0 for value in values] for name, *values in rows}
+    except ValueError:
+        raise UserError(f"{partition} needs lines 'NAME 0|1|2', {attributes} 'NAME ±1 … ±1' below two header lines") from None
     splits = {}
     for split, code in (("train", "0"), ("test", "2")):
         names = [name for name, value in part.items() if value == code]
         images = (_square(TF.crop(_read(jpegs / name), 40, 15, 148, 148), size) for name in names)
         if not names:
             raise UserError(f"{partition} lists no {split} images (lines 'NAME {code}')")
-        splits[split] = len(names), images, [labels[name] for name in names] if labels else None
+        splits[split] = len(names), images, [labels[name] for name in names] if labels.keys() >= set(names) else None
     return splits
 
 def _read(path):
     """One image file -> RGB PIL image."""
     try:
         return default_loader(str(path))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # what the decoders raise on broken files
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 def _image_files(folder):
@@ -249,8 +249,8 @@ def _folder_splits(folder, size):
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         files = {split: _image_files(folder / split) for split in ("train", "test")}
         for split in files:
-            if not files[split]:
-                raise UserError(f"the folder {folder / split} holds no images")
+            if len(files[split]) < 2:
+                raise UserError(f"the folder {folder / split} holds {len(files[split])} images; at least 2 are needed")
     else:
         everything = _image_files(folder)
         order = [everything[i] for i in np.random.default_rng(0).permutation(len(everything))]
@@ -374,7 +374,7 @@ def _dmol_split(params, channels):
     params = params.to(torch.promote_types(params.dtype, torch.float32))  # likelihoods are never computed in bf16
     params = params.unflatten(1, (dmol_channels(channels, 1), -1))
     weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)
-    # Below -7 a component is narrower than a grid step, above 7 it is flat: clamping there loses nothing, keeps exp finite.
+    # At -7 a component puts 97.3 % on one level (PixelCNN++'s clamp: at most 0.03 nats a value are lost); above 7 it is flat.
     return weight[:, 0], means, log_scales.clamp(-7, 7), coefficients.tanh()
 
 def dmol_log_prob(x, params):
@@ -423,7 +423,7 @@ def dmol_sample(params, mean=False, mixtures=MIXTURES):
             value = value + coefficients[:, pair] * x[j]
             pair += 1
         if not mean:  # inverse CDF of the logistic; rounding here conditions the next channel on what the pixel will be
-            value = quantize(value + log_scales[:, c].exp() * torch.logit(torch.rand_like(value)))
+            value = quantize(value + log_scales[:, c].exp() * torch.logit(torch.rand_like(value), eps=2**-25))  # rand can be 0
         x.append(value.clamp(-1, 1))
     x = torch.stack(x, 1)  # (B, C, M or 1, H, W)
     weights = logits.softmax(1).unsqueeze(1) if mean else 1

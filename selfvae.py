@@ -221,7 +221,7 @@ class NormalPrior(nn.Module):
 
 # Copied from vae.py: MoGPrior
 class MoGPrior(nn.Module):
-    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components; from_noise draws m itself, z = μ_m + σ_m·v."""
     def __init__(self, components):
         super().__init__()
         self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
@@ -241,7 +241,7 @@ class Coupling(nn.Module):
     Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
-    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
+    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,): a step of f⁻¹.
     """
     def __init__(self, channels, mask, growth, steps):
         super().__init__()
@@ -327,7 +327,7 @@ WIDTHS = {  # of (K, size ≤ 32): (growth, steps) of the dense blocks in every 
 }
 
 class SelfVAE(nn.Module):
-    """The factors of K = cfg.levels levels: q_u, p_u, p_y, and q_z, p_z, p_x, lists whose items belong to k = 1 … K.
+    """The factors of K = cfg.levels levels: q_u, p_u, p_y, and q_z, p_z, p_x, lists whose item k - 1 belongs to level k.
 
     `image_shape` is (C, H, W), H = W = 8·2^n, n ≥ K; else UserError. K = 0 is a VAE: x is y_1, p_y decodes it.
     """
@@ -394,7 +394,8 @@ class SelfVAE(nn.Module):
     def log_weights(self, x, samples, chunk=128):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
-        x and the y_k are encoded once; latents are decoded `chunk` at a time, which is a matter of memory, not of the result.
+        x and the y_k are encoded once; latents are decoded `chunk` at a time, a matter of memory and not of the
+        result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
         y = self.representations(x)
         posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.factors()]
@@ -434,11 +435,11 @@ class SelfVAE(nn.Module):
         conditional generation, which has seen nothing of x but y_K.
         NOTE(paper): section 3.3 swaps the formulas of the two ("former", "latter"). At K = 0: u ~ q(u|x), x̂ ~ p(x|u).
         """
-        posterior = lambda k, y: gaussian(self.q_z[k - 1](y) if k else self.q_u(y)).rsample()
+        draw_z = lambda k, y: gaussian(self.q_z[k - 1](y) if k else self.q_u(y)).rsample()
         if self.K == 0:
-            return dmol_sample(self.p_y(posterior(0, x)), mean)
+            return dmol_sample(self.p_y(draw_z(0, x)), mean)
         y, p_z = downscale(x), self.p_z[-1]
-        z = posterior(self.K, x) if infer else gaussian(p_z(y, posterior(self.K - 1, y))).rsample()
+        z = draw_z(self.K, x) if infer else gaussian(p_z(y, draw_z(self.K - 1, y))).rsample()
         return dmol_sample(self.p_x[-1](y, z), mean)
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -476,6 +477,7 @@ def train(cfg, model, images, folder, checkpoint):
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
             if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
             if stopping:
@@ -568,7 +570,7 @@ def save_grid(path, *images):
 
 # Copied from vae.py: evaluate
 def evaluate(cfg, model, images, folder, state):
-    """Table 2's row, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
+    """A row of Table 1 or 2, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
     dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
     with inference(cfg):

@@ -174,7 +174,7 @@ class NormalPrior(nn.Module):
         return v
 
 class MoGPrior(nn.Module):
-    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components; from_noise draws m itself, z = μ_m + σ_m·v."""
     def __init__(self, components):
         super().__init__()
         self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
@@ -193,7 +193,7 @@ class Coupling(nn.Module):
     Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
-    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,).
+    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,): a step of f⁻¹.
     """
     def __init__(self, channels, mask, growth, steps):
         super().__init__()
@@ -359,6 +359,7 @@ def train(cfg, model, images, folder, checkpoint):
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
             if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
             if stopping:
@@ -439,7 +440,7 @@ def save_grid(path, *images):
     save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 def evaluate(cfg, model, images, folder, state):
-    """Table 2's row, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
+    """A row of Table 1 or 2, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
     dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
     with inference(cfg):

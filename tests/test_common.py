@@ -485,12 +485,19 @@ def test_batches_augment_only_when_told():
     histogram = lambda x: torch.stack([torch.histc(image, 16, -1, 1) for image in x])
     assert (histogram(plain) - histogram(moved)).abs().sum(1).max() < 0.2 * 20 * 20 * 3
 
-def test_digits_and_celeba_are_not_augmented():
-    """A flipped digit is no digit; the paper leaves CelebA alone."""
-    make = lambda name: common.Images(name, 32, None, None, np.zeros((1, 4, 6, 3), np.uint8), None)
-    assert {name: make(name).augment for name in common.SIZES} == {
+def test_digits_and_celeba_are_not_augmented(tmp_path):
+    """A flipped digit is no digit; the paper leaves CelebA alone. A folder of one's own that is called mnist is augmented."""
+    levels = np.zeros((10, 16, 16, 3), np.uint8)
+    for name in common.SIZES:
+        (tmp_path / f"{name}-16").mkdir()
+        for split in ("train", "test"):
+            np.save(tmp_path / f"{name}-16" / f"{split}.npy", levels)
+    assert {name: load_images(name, tmp_path, 16).augment for name in common.SIZES} == {
         "shapes": True, "mnist": False, "cifar10": True, "stl10": True, "imagenette": True, "celeba": False}
-    assert make("holiday pictures").augment and make("shapes").shape == (3, 4, 6)
+    for i in range(10):
+        write_grey(tmp_path / "own" / "mnist" / f"{i}.png", i, 20, 20)
+    images = load_images(str(tmp_path / "own" / "mnist"), tmp_path, 16)
+    assert images.augment and images.shape == (3, 16, 16) and len(images.valid) == 1 and len(images.test) == 1
 
 # ---- load_images: shapes and the cache --------------------------------------------------------------------------------
 
@@ -684,7 +691,7 @@ def test_an_empty_folder_is_refused(tmp_path):
     for i in range(12):
         write_grey(empty / "train" / f"{i}.png", i)
     (empty / "test").mkdir()
-    with pytest.raises(UserError, match="test holds no images"):
+    with pytest.raises(UserError, match="test holds 0 images"):
         load_images(str(empty), tmp_path / "data")
 
 def test_a_broken_image_is_named(folder, tmp_path):
@@ -847,3 +854,44 @@ def test_celeba_that_cannot_be_downloaded_says_what_to_put_where(tmp_path, monke
         load_images("celeba", tmp_path)
     assert str(tmp_path / "celeba" / "list_eval_partition.txt") in str(error.value)
     assert str(tmp_path / "celeba" / "img_align_celeba") in str(error.value)
+
+def test_celeba_with_malformed_lists_says_what_they_should_hold(celeba, tmp_path):
+    """Some mirrors ship the partition as CSV."""
+    (celeba / "list_eval_partition.txt").write_text("000001.jpg,0\n000002.jpg,2\n")
+    with pytest.raises(UserError, match="needs lines 'NAME 0|1|2'"):
+        load_images("celeba", tmp_path)
+
+# ---- what broke once --------------------------------------------------------------------------------------------------
+
+def test_a_uniform_draw_of_exactly_zero_is_no_outlier(monkeypatch):
+    """torch.rand returns 0 once in 2^24 draws, and logit(0) = -inf would make that pixel black."""
+    params = torch.zeros(1, 30, 2, 2)
+    params[:, 20:] = -7  # every log-scale: narrow around mean 0
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    assert dmol_sample(params).abs().max() < 0.1
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY"])
+@pytest.mark.parametrize("name", ["train.npy", "test-labels.npy"])
+def test_an_empty_or_cut_file_is_named(small_shapes, tmp_path, name, content):
+    """What a full disk leaves behind."""
+    load_images("shapes", tmp_path, 16)
+    (tmp_path / "shapes-16" / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        load_images("shapes", tmp_path, 16)
+
+def test_labels_of_another_length_are_refused(small_shapes, tmp_path):
+    """A row of labels an image."""
+    load_images("shapes", tmp_path, 16)
+    np.save(tmp_path / "shapes-16" / "train-labels.npy", np.zeros(7, np.uint8))
+    with pytest.raises(UserError, match="train-labels.npy"):
+        load_images("shapes", tmp_path, 16)
+
+@pytest.mark.parametrize("error", [OSError(), Exception("too many users have viewed this file"), EOFError("cut")])
+def test_any_failure_of_a_download_is_one_line(monkeypatch, tmp_path, error):
+    """The helpers that torchvision calls raise errors of many kinds, some without a text."""
+    def fail(**arguments):
+        raise error
+    fail.__name__ = "CIFAR10"
+    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(UserError, match="downloading CIFAR10"):
+        load_images("cifar10", tmp_path)
