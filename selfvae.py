@@ -241,7 +241,7 @@ class Coupling(nn.Module):
     Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
-    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,): a step of f⁻¹.
+    bounded; data_dependent_init sets the last conv to 0, the flow to the identity. z (B, C, H, W) -> same, log |det| (B,).
     """
     def __init__(self, channels, mask, growth, steps):
         super().__init__()
@@ -394,8 +394,8 @@ class SelfVAE(nn.Module):
     def log_weights(self, x, samples, chunk=128):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
-        x and the y_k are encoded once; latents are decoded `chunk` at a time, a matter of memory and not of the
-        result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
+        x and the y_k are encoded once; latents are decoded about `chunk` at a time, a matter of memory and not
+        of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
         y = self.representations(x)
         posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.factors()]
@@ -407,7 +407,7 @@ class SelfVAE(nn.Module):
             tile = lambda t: t.repeat(count, 1, 1, 1)
             joint = self.p_u.log_prob(part[0]) + dmol_log_prob(tile(y[1]), self.p_y(part[0]))
             for k, _, p_z, p_x in self.factors():
-                joint = joint + gaussian(p_z(y[k], part[k - 1], tile(h[k]))).log_prob(part[k])
+                joint = joint + gaussian(p_z(None, part[k - 1], tile(h[k]))).log_prob(part[k])
                 joint = joint + dmol_log_prob(tile(y[k + 1]), p_x(tile(y[k]), part[k]))
             log_p.append(joint.view(count, -1))
         return torch.cat(log_p) - sum(q.log_prob(z_k) for q, z_k in zip(posteriors, z))

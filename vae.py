@@ -193,7 +193,7 @@ class Coupling(nn.Module):
     Dinh et al. have z·exp(s) + t and the released code what stands here.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
-    bounded; the last conv starts at 0, hence the flow at the identity. z (B, C, H, W) -> same and log |det| (B,): a step of f⁻¹.
+    bounded; data_dependent_init sets the last conv to 0, the flow to the identity. z (B, C, H, W) -> same, log |det| (B,).
     """
     def __init__(self, channels, mask, growth, steps):
         super().__init__()
@@ -296,7 +296,7 @@ class VAE(nn.Module):
     def log_weights(self, x, samples, chunk=128):
         """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x): (B, C, H, W) -> (samples, B) in nats.
 
-        x is encoded once; latents are decoded `chunk` at a time, which is a matter of memory and not of the result.
+        x is encoded once; latents are decoded about `chunk` at a time: a matter of memory, not of the result.
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample((samples,))  # (S, B, 16, 8, 8)

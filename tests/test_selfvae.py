@@ -105,7 +105,15 @@ def test_paper_size_has_32_to_42_million_parameters(levels, size):
         assert 32e6 < count(model) < 42e6
         assert levels or count(model) == count(vae.VAE(vae.Config(), (3, size, size)))
 
-NAMES = {0: ["kl_u", "re_x"], 1: ["kl_u", "re_y_1", "kl_z_1", "re_x"], 2: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x"],
+def test_decoder_is_given_y_upsampled_bilinearly():
+    """A row 0, 1, 0, 1 … of y becomes 0, 0.25, 0.75, 0.75, 0.25 …: the last channels beside what p(x|y, z) makes of z."""
+    p_x = make(channels=1).p_x[0]
+    joint, y = inputs_of(p_x.joint), torch.tensor([0.0, 1.0]).repeat(4).expand(1, 1, 8, 8)
+    p_x(y, torch.randn(1, 16, 8, 8))
+    torch.testing.assert_close(joint[0][0][0, -1, 3, :5], torch.tensor([0.0, 0.25, 0.75, 0.75, 0.25]))
+
+NAMES = {0: ["kl_u", "re_x"], 1: ["kl_u", "re_y_1", "kl_z_1", "re_x"],
+         2: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x"],
          3: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_y_3", "kl_z_3", "re_x"]}
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -243,7 +251,8 @@ def test_every_kl_is_in_the_bound(no_noise, k):
     assert (rise > 10).all()
     torch.testing.assert_close(elbo - model.elbo(x), rise, atol=0.05, rtol=0)
 
-def test_each_factor_sees_what_it_should(no_noise):
+@pytest.mark.parametrize("bound", [SelfVAE.terms, lambda model, x: model.log_weights(x, 1)], ids=["terms", "log_weights"])
+def test_each_factor_sees_what_it_should(no_noise, bound):
     """K = 2: q(u|y_1), q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k), with z_0 = u."""
     model, x = make(levels=2, size=32), noise_images(2, size=32)
     y, mean = model.representations(x), lambda network, x: gaussian(network(x)).mean
@@ -252,7 +261,7 @@ def test_each_factor_sees_what_it_should(no_noise):
                 model.p_z[0].from_y: [y[1]], model.p_z[0].from_z: [z[0]], model.p_x[0]: [y[1], z[1]],
                 model.p_z[1].from_y: [y[2]], model.p_z[1].from_z: [z[1]], model.p_x[1]: [y[2], z[2]]}
     calls = {module: inputs_of(module) for module in expected}
-    model.terms(x)
+    bound(model, x)
     for module, inputs in expected.items():
         assert len(calls[module]) == 1
         torch.testing.assert_close(list(calls[module][0]), inputs)
