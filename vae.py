@@ -408,7 +408,7 @@ def report(folder, state, split, rows, total, data, dims):
     parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
     rate = len(rows) * data.batch_size / (state["seconds"] - before)
     spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
-    screen = sys.stdout.isatty()
+    screen = sys.stdout.isatty()  # there, a train line overwrites the one before
     print("\r\033[K" * screen + f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
           + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
           end="" if screen and split == "train" and step < total else "\n", flush=True)
@@ -478,18 +478,11 @@ def main(Model, argv=None):
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; checkpoints are kept", file=sys.stderr)
-        return 130
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
-
 SCRIPT = Path(__file__).stem
 FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
            "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
@@ -509,8 +502,7 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if cfg.dtype == "auto":
-        cfg.dtype = "bf16" if cfg.device.startswith("cuda") else "fp32"
+    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
