@@ -375,7 +375,15 @@ def _dmol_split(params, channels):
     params = params.unflatten(1, (dmol_channels(channels, 1), -1))
     weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)
     # At -7 a component puts 97.3 % on one level (PixelCNN++'s clamp: at most 0.03 nats a value are lost); above 7 it is flat.
-    return weight[:, 0], means, log_scales.clamp(-7, 7), coefficients.tanh()
+    # A network starts near 0, which is made a scale of e⁻² = 17 levels: from half the range, 1, training would take long to come down.
+    return weight[:, 0], means, (log_scales - 2).clamp(-7, 7), coefficients.tanh()
+
+def dmol_shift(params, shift):
+    """Add `shift` (B, C, H, W) to the means of every component: params (B, P, H, W) -> same shape, fp32 if `shift` is."""
+    channels = shift.shape[1]
+    mixtures = params.shape[1] // dmol_channels(channels, 1)
+    shift = shift.repeat_interleave(mixtures, 1)
+    return params + F.pad(shift, (0, 0, 0, 0, mixtures, params.shape[1] - mixtures - shift.shape[1]))
 
 def dmol_log_prob(x, params):
     """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).

@@ -1,6 +1,6 @@
 """Self-supervised VAE: a hierarchy over deterministic representations y of the image (Gatopoulos & Tomczak 2020, section 3).
 
-    representations    y_k = d(y_{k+1}), k = K … 1, y_{K+1} = x         d halves the image, rounded to 8 bits
+    representations    y_k = d(y_{k+1}), k = K … 1, y_{K+1} = x         d is deterministic, to 8 bits: --transform
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
     bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u]
@@ -9,11 +9,12 @@
     python selfvae.py --dataset cifar10 --levels 1 --small       CIFAR-10 on a CPU
     python selfvae.py --dataset cifar10 --levels 1               the paper's size, for a GPU; Table 1 reports 3.65 bits per dimension
     python selfvae.py --dataset imagenette --levels 2            64 -> 32 -> 16, the paper's "3-level" model; Table 1: 3.70
+    python selfvae.py --dataset celeba --transform sketch        y a pencil sketch of x; Table 1: 3.24
 
 arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/selfvae.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
-    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C, H_k, W_k), as discrete as x, H_k = H / 2^(K+1-k)
+    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), as discrete as x; downscaling: H_k = H / 2^(K+1-k)
     u = z_0, z_k (B, 16, 8, 8) latents · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
 """
 
@@ -21,6 +22,7 @@ import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal,
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,8 +31,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, from_uint8,
-                    importance_weighted, load_images, log_mean_exp, mean_terms, seconds_to_sample, to_uint8)
+from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, dmol_shift, from_uint8,
+                    importance_weighted, load_images, log_mean_exp, mean_terms, psnr, quantize, seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -45,7 +47,8 @@ class Config:
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     size: int = flag(None, "side of the images in pixels, 8 times a power of two (default: the dataset's own)")
-    levels: int = flag(1, "K, how many representations y; 0 is a VAE, 2 the paper's 3-level model", low=0)
+    transform: str = flag("downscale", "d: downscale, sketch, grayscale, edges or posterize")
+    levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model", low=0)
     prior: str = flag("realnvp", "p(u): normal, mog or realnvp (section A.2)", choices=("normal", "mog", "realnvp"))
     mog_components: int = flag(10, "components of --prior mog (Table 2's parameter count implies 1000)")
     small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
@@ -70,7 +73,7 @@ class Config:
 
     @property
     def variant(self):
-        return f"downscale{self.levels}-{self.prior}" + "-small" * self.small
+        return f"{self.transform}{self.levels}-{self.prior}" + "-small" * self.small
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
 # Copied from vae.py: conv
@@ -198,16 +201,21 @@ class ConditionalPrior(nn.Module):
         return self.joint(torch.cat([h, self.from_z(z)], 1))
 
 class ConditionalDecoder(nn.Module):
-    """p(y_{k+1} | y_k, z_k): y_k and z_k -> logistic-mixture parameters (B, P, size, size), size that of y_{k+1}."""
-    def __init__(self, channels, size, z_width, features, joint_width):
+    """p(y_{k+1} | y_k, z_k): y_k (B, channels, …) and z_k -> logistic-mixture parameters (B, P, size, size) for y_{k+1}.
+
+    NOTE(paper): where y_k is a coarse y_{k+1}, `residual`, the network predicts what the means are beside y_k. Otherwise, as in
+    the released code, to copy its input takes it the first few thousand steps. Same parameters.
+    """
+    def __init__(self, channels, size, c_out, residual, z_width, features, joint_width):
         super().__init__()
-        self.size = size
+        self.size, self.c_out, self.residual = size, c_out, residual
         self.from_z = Decoder(size, *z_width, features, scale=1.0)
-        self.joint = dense_blocks(features + channels, *joint_width, dmol_channels(channels), scale=0.1)
+        self.joint = dense_blocks(features + channels, *joint_width, dmol_channels(c_out), scale=0.1)
 
     def forward(self, y, z):
         y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
-        return self.joint(torch.cat([self.from_z(z), y], 1))
+        params = self.joint(torch.cat([self.from_z(z), y], 1))
+        return dmol_shift(params, y.expand(-1, self.c_out, -1, -1)) if self.residual else params
 
 # ---- Prior p(u): log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z); v, z (B, 16, 8, 8) --------------
 # Copied from vae.py: NormalPrior
@@ -304,50 +312,103 @@ class RealNVPPrior(NormalPrior):
     def log_prob(self, z):
         v, log_det = self(z.float())
         return super().log_prob(v) + log_det
-# ---- The transformation d --------------------------------------------------------------------------------------------
+# ---- The transformation d: levels 0 … 255 -> levels, integers (B, C, H, W), so exact on every device and in every batch --
 def downscale(y):
-    """d: the mean of each 2x2 block, rounded (half up) to the 256-level grid: (B, C, H, W) -> (B, C, H/2, W/2).
+    """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    Exact, for the sum of four levels is a small integer. Rounding makes y discrete, and with it p(y_1|u) a probability and
-    not a density (section 3.2): without it the bound would be void.
     NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear filter, on the CPU.
     """
-    return from_uint8(torch.floor(F.avg_pool2d(to_uint8(y).float(), 2) + 0.5))
+    return (y[..., ::2, ::2] + y[..., ::2, 1::2] + y[..., 1::2, ::2] + y[..., 1::2, 1::2] + 2) // 4
+
+def grayscale(y):
+    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up: (B, 3, H, W) -> (B, 1, H, W); grey y -> itself."""
+    return y if y.shape[1] == 1 else (299 * y[:, :1] + 587 * y[:, 1:2] + 114 * y[:, 2:] + 500) // 1000
+
+def shifted(y, dim, offsets):
+    """One copy of y for each offset o, pixel i of which is pixel i + o of y along `dim`; beyond the edge, the edge pixel."""
+    last = y.shape[dim] - 1
+    return [y.index_select(dim, (torch.arange(last + 1, device=y.device) + o).clamp(0, last)) for o in offsets]
+
+def sketch(y):
+    """Pencil sketch by colour dodge (A.6) -> (B, 1, H, W): grayscale over its own blur, so that flat areas turn white.
+
+    dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a Gaussian of σ = √2 pixels.
+    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another algorithm. The two "+ 1" make
+    black areas white too, as all flat ones, where 0 / 0 would be.
+    """
+    a = grayscale(y)
+    b = 255 - a
+    for dim in (2, 3):
+        b = sum(math.comb(8, i) * moved for i, moved in enumerate(shifted(b, dim, range(-4, 5))))
+    b = (b + 2**15) // 2**16  # the weights of a side sum to 2⁸
+    return (255 * (a + 1) // (256 - b)).clamp(max=255)
+
+def edges(y):
+    """Gradient magnitude |∇a| of the grayscale image a by central differences, rounded, at most 255 -> (B, 1, H, W).
+
+    The one float here. It cannot tip over: (m + ½)² = m² + m + ¼, so the root of an integer below 256² keeps 4e-4 from m + ½.
+    """
+    a = grayscale(y)
+    (left, right), (above, below) = shifted(a, 3, (-1, 1)), shifted(a, 2, (-1, 1))
+    return ((right - left)**2 + (below - above)**2).float().sqrt().round().int().clamp(max=255)
+
+def posterize(y):
+    """The two high bits of each channel: 0, 85, 170 or 255. Shape as before."""
+    return y // 64 * 85
+
+TRANSFORMS = {  # --transform: d, the most --levels that make sense, whether d(y) is a coarse y
+    "downscale": (downscale, math.inf, True),
+    "sketch": (sketch, 1, False),
+    "grayscale": (grayscale, 1, True),
+    "edges": (edges, 1, False),
+    "posterize": (posterize, 1, True),
+}
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 # Changed from vae.py: every factor has its own
-WIDTHS = {  # of (K, size ≤ 32): (growth, steps) of the dense blocks in every factor
+WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of the dense blocks in every factor
     (0, True): dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # released, as in vae.py
     (0, False): dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),  # ours, as in vae.py
     (1, True): dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),  # released
                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),  # y alone, joint; z alone, its channels, joint
     "other": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, within the paper's 32-42 M parameters
                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),
-    "small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2), q_z=(32, 2), p_z=((32, 2), (16, 1)), p_x=((32, 2), 32, (8, 1))),
+    "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, likewise
+                        p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
+    "small VAE": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),  # as in vae.py, and with as many parameters:
+    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2), p_z=((16, 1), (8, 1)), p_x=((20, 2), 16, (8, 1))),
 }
 
 class SelfVAE(nn.Module):
     """The factors of K = cfg.levels levels: q_u, p_u, p_y, and q_z, p_z, p_x, lists whose item k - 1 belongs to level k.
 
-    `image_shape` is (C, H, W), H = W = 8·2^n, n ≥ K; else UserError. K = 0 is a VAE: x is y_1, p_y decodes it.
+    `image_shape` is (C, H, W), H = W; every y must halve down to 8x8 (else UserError). Networks take C_k, H_k from d itself.
+    K = 0 is a VAE: x is y_1, p_y decodes it.
     """
     def __init__(self, cfg, image_shape):
         super().__init__()
-        channels, size, _ = image_shape
-        self.K = K = cfg.levels
-        if halvings(size) < K:
-            raise UserError(f"--levels {K} halves {size} pixels to fewer than 8: take --levels {halvings(size)} at most")
-        sizes = {k: size >> (K + 1 - k) for k in range(1, K + 2)}  # of y_k
-        width = WIDTHS["small"] if cfg.small else WIDTHS.get((K, size <= 32), WIDTHS["other"])
-        self.q_u = Encoder(channels, sizes[1], *width["q_u"])
+        if cfg.transform not in TRANSFORMS:
+            raise UserError(f"there is no --transform {cfg.transform}: take {', '.join(TRANSFORMS)}")
+        (self.d, most, coarse), self.K = TRANSFORMS[cfg.transform], cfg.levels
+        if self.K > most:
+            raise UserError(f"--transform {cfg.transform} cannot be applied {self.K} times: take --levels {most}")
+        self.shapes = {k: y.shape[1:] for k, y in self.representations(torch.zeros(1, *image_shape)).items()}  # (C_k, H_k, W_k)
+        if self.K and self.shapes[1][1] < 8:
+            raise UserError(f"--levels {self.K} leaves y_1 {self.shapes[1][1]} pixels a side, and 8 are the least: take fewer")
+        C, size, _ = self.shapes[1]
+        case = "full-size y" if self.K and size == image_shape[1] else (self.K, image_shape[1] <= 32)
+        case = ("small" if self.K else "small VAE") if cfg.small else case if case in WIDTHS else "other"
+        width = WIDTHS[case]
+        self.q_u = Encoder(C, size, *width["q_u"])
         self.p_u = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
                     "realnvp": lambda: RealNVPPrior(*width["flow"])}[cfg.prior]()
-        self.p_y = Decoder(sizes[1], *width["p_y"], dmol_channels(channels))
+        self.p_y = Decoder(size, *width["p_y"], dmol_channels(C))
         self.q_z, self.p_z, self.p_x = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for k in range(1, K + 1):
-            self.q_z.append(Encoder(channels, sizes[k + 1], *width["q_z"]))
-            self.p_z.append(ConditionalPrior(channels, sizes[k], *width["p_z"]))
-            self.p_x.append(ConditionalDecoder(channels, sizes[k + 1], *width["p_x"]))
+        for k in range(1, self.K + 1):
+            (C, size, _), (C_next, size_next, _) = self.shapes[k], self.shapes[k + 1]
+            self.q_z.append(Encoder(C_next, size_next, *width["q_z"]))
+            self.p_z.append(ConditionalPrior(C, size, *width["p_z"]))
+            self.p_x.append(ConditionalDecoder(C, size_next, C_next, coarse, *width["p_x"]))
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -358,10 +419,13 @@ class SelfVAE(nn.Module):
         return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
 
     def representations(self, x):
-        """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic posterior q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1}))."""
+        """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic posterior q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
+
+        On 256 levels y is discrete, and p(y_1|u) a probability and no density (section 3.2): else the bound would be void.
+        """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
-            y[k] = downscale(y[k + 1])
+            y[k] = from_uint8(self.d(to_uint8(y[k + 1]).int()))
         return y
 
     def terms(self, x):
@@ -413,34 +477,89 @@ class SelfVAE(nn.Module):
         return torch.cat(log_p) - sum(q.log_prob(z_k) for q, z_k in zip(posteriors, z))
 
     @torch.no_grad()
-    def sample(self, n, temperature=1.0, mean=False, levels=False):
-        """u ~ p(u), y_1 ~ p(y_1|u), z_k ~ p(z_k|y_k, z_{k-1}), y_{k+1} ~ p(y_{k+1}|y_k, z_k) (section 3.3, "generation").
+    def decode(self, known, n, temperature=1.0, mean=False):
+        """Top-down through the model: what is `known` {"u", "z_k", "y_k": value} is taken, all else drawn (section 3.3).
 
-        -> x (n, C, H, W) on the 256-level grid; with `levels` {k: y_k}, k = 1 … K+1. `temperature` scales the noise of u and
-        every z_k; `mean` takes the mean of every p(y|·) instead of a draw, and conditions what follows on it.
+        -> {k: y_k}, k = 1 … K+1, n images each on the 256-level grid; {name: log p(known value | what is above it)}, (n,) nats.
+        `temperature` scales the noise of u and every z_k; `mean` takes the mean of every p(y|·) instead of a draw, and
+        conditions what follows on it.
         """
-        z = self.p_u.from_noise(temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device))
-        y = {1: dmol_sample(self.p_y(z), mean)}
+        log_p = {}
+        def take(name, draw, log_prob):
+            if name not in known:
+                return draw()
+            log_p[name] = log_prob(known[name])
+            return known[name]
+
+        noise = lambda: temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device)
+        z = take("u", lambda: self.p_u.from_noise(noise()), self.p_u.log_prob)
+        params = self.p_y(z)
+        y = {1: take("y_1", lambda: dmol_sample(params, mean), lambda y: dmol_log_prob(y, params))}
         for k, _, p_z, p_x in self.factors():
-            prior = gaussian(p_z(y[k], z))
-            z = prior.mean + temperature * prior.stddev * torch.randn_like(prior.mean)
-            y[k + 1] = dmol_sample(p_x(y[k], z), mean)
-        return y if levels else y[self.K + 1]
+            p = gaussian(p_z(y[k], z))
+            z = take(f"z_{k}", lambda: p.mean + p.stddev * noise(), p.log_prob)
+            params = p_x(y[k], z)
+            y[k + 1] = take(f"y_{k + 1}", lambda: dmol_sample(params, mean), lambda y: dmol_log_prob(y, params))
+        return y, log_p
 
     @torch.no_grad()
-    def reconstruct(self, x, mean=False, infer=True):
-        """x̂ ~ p(x|y_K, z_K), y_K = d(x): (B, C, H, W) -> same, on the 256-level grid.
+    def infer(self, x, sent):
+        """What a receiver knows of x to whom `sent` ⊆ {"u", "z_k", "y_k"} is sent -> {name: value}; {name: log q}, (B,) nats.
 
-        `infer`: z_K ~ q(z_K|x), conditional reconstruction; else z_K ~ p(z_K|y_K, z_{K-1}), z_{K-1} ~ q(z_{K-1}|y_K),
-        conditional generation, which has seen nothing of x but y_K.
-        NOTE(paper): section 3.3 swaps the formulas of the two ("former", "latter"). At K = 0: u ~ q(u|x), x̂ ~ p(x|u).
+        With y_k comes all that is below it: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. Code length: Σ log q - log p of `decode`.
         """
-        draw_z = lambda k, y: gaussian(self.q_z[k - 1](y) if k else self.q_u(y)).rsample()
-        if self.K == 0:
-            return dmol_sample(self.p_y(draw_z(0, x)), mean)
-        y, p_z = downscale(x), self.p_z[-1]
-        z = draw_z(self.K, x) if infer else gaussian(p_z(y, draw_z(self.K - 1, y))).rsample()
-        return dmol_sample(self.p_x[-1](y, z), mean)
+        y = self.representations(x)
+        top = max((k for k in y if f"y_{k}" in sent), default=0)
+        known, log_q = {f"y_{k}": y[k] for k in range(1, top + 1)}, {}
+        for k, network in enumerate([self.q_u, *self.q_z]):
+            name = f"z_{k}" if k else "u"
+            if name in sent or k < top:
+                q = gaussian(network(y[k + 1]))
+                known[name] = q.rsample()
+                log_q[name] = q.log_prob(known[name])
+        return known, log_q
+
+    @property
+    def operations(self):
+        """Figure 3: {operation: what is sent of x}. The rest is drawn, so generation sends nothing.
+
+        NOTE(paper): section 3.3 swaps the formulas of the conditional two ("former", "latter"): conditional generation
+        draws z_K from p, conditional reconstruction infers it. For K = 0, without y, they are the other ones again.
+        """
+        latents = ["u"] + [f"z_{k}" for k in range(1, self.K + 1)]
+        y = [f"y_{self.K}"] if self.K else []
+        return {"generate": [], "conditional_generate": y, "conditional_reconstruct": [*y, latents[-1]],
+                "reconstruct_1": latents[:1], "reconstruct_2": latents}
+
+    def sample(self, n, temperature=1.0, mean=False):
+        """Generation -> x (n, C, H, W) on the 256-level grid; arguments as for `decode`."""
+        return self.decode({}, n, temperature, mean)[0][self.K + 1]
+
+    def reconstruct(self, x, mean=False, operation="conditional_reconstruct"):
+        """One of the `operations` on x: (B, C, H, W) -> x̂, same shape, on the 256-level grid."""
+        return self.decode(self.infer(x, self.operations[operation])[0], len(x), mean=mean)[0][self.K + 1]
+
+    @torch.no_grad()
+    def interpolate(self, x1, x2, steps=8, mean=False, base=False):
+        """Along the straight line in u between the means of q(u|y_1) of x1 and x2, or with `base` in v, u = f(v): flow prior only.
+
+        (B, C, H, W) -> (B, steps, C, H, W), Figures 10 B, 13 (i). Every z_k is the mean of p(z_k|·): what changes, u changes.
+        """
+        ends = [gaussian(self.q_u(self.representations(x)[1])).mean for x in (x1, x2)]
+        ends = [self.p_u(u)[0] for u in ends] if base else ends
+        u = torch.stack([torch.lerp(*ends, i / (steps - 1)) for i in range(steps)], 1).flatten(0, 1)
+        u = self.p_u.from_noise(u) if base else u
+        return self.decode({"u": u}, len(u), 0.0, mean)[0][self.K + 1].unflatten(0, (-1, steps))
+
+    @torch.no_grad()
+    def vary(self, x, redrawn, n=7, mean=False):
+        """n images a row that share the latents of x, but for those `redrawn` ⊆ {"u", "z_k"}: Figure 13 (ii).
+
+        (B, C, H, W) -> (B, n, C, H, W). Shared ones are the same draw from q throughout; every y_k is drawn anew.
+        """
+        known = {name: z.repeat_interleave(n, 0) for name, z in self.infer(x, self.operations["reconstruct_2"])[0].items()
+                 if name not in redrawn}
+        return self.decode(known, n * len(x), mean=mean)[0][self.K + 1].unflatten(0, (-1, n))
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 # Copied from vae.py: train
@@ -545,19 +664,32 @@ def report(folder, state, split, rows, total, data, dims):
     return bpd
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-# Changed from vae.py: shows the representations
+# Changed from vae.py: shows the representations and the operations
 def draw(cfg, model, images, folder, name):
-    """The figures `name`: samples/, 32 draws in rows y_1, …, y_K, x; reconstructions/, 32 images in rows x, and for K ≥ 1
-    y_K, x̂ from (y_K, z_K ~ q), x̂ from (y_K, z_K ~ p); for K = 0 just x̂. Every y is shown at the size of x."""
+    """The figures `name` of 32 images: samples/, rows y_1, …, y_K, x; reconstructions/, rows x, y_K, CR, CG, RS1, RS2 (Figures
+    6, 12, 14); if y is a small x, superresolution/, rows y_K, bicubic, CG, x. Every y is shown at the size of x."""
     name += "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1) + ".png"
     x = next(iter(Batches(images[:32], 32, cfg.device)))
-    full_size = lambda y: F.interpolate(y, size=x.shape[2:])
-    y = model.sample(32, cfg.temperature, cfg.mean, levels=True)
+    full_size = lambda y: F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
+    y = model.decode({}, 32, cfg.temperature, cfg.mean)[0]
     save_grid(folder / "samples" / name, *(full_size(y[k]) for k in sorted(y)))
-    rows = [x, model.reconstruct(x, cfg.mean)]
-    if model.K:
-        rows = [x, full_size(model.representations(x)[model.K]), rows[1], model.reconstruct(x, cfg.mean, infer=False)]
-    save_grid(folder / "reconstructions" / name, *rows)
+    y = [model.representations(x)[model.K]] if model.K else []
+    CG, CR, RS1, RS2 = (model.reconstruct(x, cfg.mean, operation) for operation in list(model.operations)[1:])
+    save_grid(folder / "reconstructions" / name, x, *map(full_size, y), *([CR, CG, RS1, RS2] if y else [RS2]))
+    if y and y[0].shape[1] == x.shape[1] and y[0].shape[2] < x.shape[2]:
+        save_grid(folder / "superresolution" / name, full_size(y[0]), bicubic(y[0], x), CG, x)
+
+def draw_latent_space(cfg, model, x, folder):
+    """interpolations/test-u.png, test-v.png: between two images a row, lines in u and in the base of its flow; and variations/
+    test.png: x and 7 that share u with it: all z_k drawn anew, then for K > 1 one of them alone in each row."""
+    name = "test" + "-mean" * cfg.mean
+    for base in (False, True)[:1 + (cfg.prior == "realnvp")]:
+        rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base)
+        save_grid(folder / "interpolations" / f"{name}-{'v' if base else 'u'}.png", rows.flatten(0, 1))
+    z = model.operations["reconstruct_2"][1:]
+    for_each = [z] * (len(z) > 1) + [[z_k] for z_k in z] or [["u"]]
+    rows = [torch.cat([x.unsqueeze(1), model.vary(x, redrawn, 7, cfg.mean)], 1).flatten(0, 1) for redrawn in for_each]
+    save_grid(folder / "variations" / f"{name}.png", *rows)
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
@@ -568,7 +700,40 @@ def save_grid(path, *images):
     rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)  # (rows, sets, columns, C, H, W)
     save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
-# Copied from vae.py: evaluate
+def bicubic(y, x):
+    """y at the size of x, on the 256-level grid: what super-resolution is held against."""
+    return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic").clamp(-1, 1))
+
+def eight_bits(z):
+    """Latents rounded to 256 values, evenly spaced between ± the largest of their image: (B, 16, 8, 8) -> same shape."""
+    largest = z.abs().amax((1, 2, 3), keepdim=True)
+    return largest * quantize(z / largest)
+
+def rates(cfg, model, batches, dims):
+    """What each operation sends and how near it comes (Figures 6, 12, 14) -> {operation: {column: mean over images}}.
+
+        percent      values sent, in percent of D: the paper's measure      raw_bpd   the same at 8 bits a value
+        ideal_bpd    code length under the model, Σ log q - log p, of what the receiver knows, given what he has of it by then
+        psnr         dB, x̂ drawn · psnr_8bit   from latents rounded to 8 bits, same noise · psnr_mean   means of p(y|·), p(x|·)
+    """
+    table = {}
+    for x in batches:
+        for operation, sent in model.operations.items():
+            known, log_q = model.infer(x, sent)
+            rounded = {name: eight_bits(value) if name in sent and name in log_q else value for name, value in known.items()}
+            versions = []
+            for given, mean in ((known, False), (rounded, False), (known, True)):
+                torch.manual_seed(cfg.seed)
+                versions.append(model.decode(given, len(x), mean=mean))
+            values = sum(known[name][0].numel() for name in sent) / dims
+            nats = sum(value.sum().item() for value in log_q.values()) - sum(value.sum().item() for value in versions[0][1].values())
+            row = [100 * values, 8 * values, bits_per_dim(nats / len(x), dims)]
+            row += [psnr(y[model.K + 1], x).mean().item() for y, _ in versions]
+            table[operation] = table.get(operation, 0) + np.array(row) * len(x) / batches.count
+    return {operation: dict(zip(("percent", "raw_bpd", "ideal_bpd", "psnr", "psnr_8bit", "psnr_mean"), row.tolist()))
+            for operation, row in table.items()}
+
+# Changed from vae.py: what is sent, and the latent space
 def evaluate(cfg, model, images, folder, state):
     """A row of Table 1 or 2, printed and in results.json, and the figures test.png: of this checkpoint, on the test images."""
     dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
@@ -585,9 +750,12 @@ def evaluate(cfg, model, images, folder, state):
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
             "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
         draw(cfg, model, images.test, folder, "test")
+        draw_latent_space(cfg, model, next(iter(Batches(images.test[:8], 8, cfg.device))), folder)
+        table = rates(cfg, model, Batches(images.test[:count], cfg.batch_size, cfg.device), dims)
+    results |= {f"{operation}_{column}": value for operation, row in table.items() for column, value in row.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in results.items():
-        print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
+        print(f"{name:33} {value:,.4f}" if isinstance(value, float) else f"{name:33} {value}")
 
 # Copied from vae.py: main
 def main(Model, argv=None):

@@ -41,8 +41,8 @@ def test_quantize_leaves_the_grid_alone_and_moves_everything_else_onto_it():
 # ---- Discretized mixture of logistics ---------------------------------------------------------------------------------
 
 def pixel_params(logits, means, log_scales, coefficients=()):
-    """The parameters of one pixel, from lists (M,), (C, M), (C, M), (pairs, M), in the order that the code reads them."""
-    rows = [list(logits), *map(list, means), *map(list, log_scales), *map(list, coefficients)]
+    """The parameters of one pixel, from lists (M,), (C, M), (C, M), (pairs, M), in the code's order; it reads log-scales 2 higher."""
+    rows = [list(logits), *map(list, means), *([value + 2 for value in row] for row in log_scales), *map(list, coefficients)]
     return torch.tensor(rows).reshape(1, -1, 1, 1)
 
 def random_params(batch, channels, mixtures, seed, height=1, width=1, dtype=torch.float32):
@@ -50,7 +50,7 @@ def random_params(batch, channels, mixtures, seed, height=1, width=1, dtype=torc
     generator = torch.Generator().manual_seed(seed)
     params = torch.randn(batch, dmol_channels(channels, 1), mixtures, height, width, generator=generator, dtype=dtype)
     params[:, 1:1 + channels].tanh_()
-    params[:, 1 + channels:1 + 2 * channels] = params[:, 1 + channels:1 + 2 * channels].sigmoid() * 3 - 4
+    params[:, 1 + channels:1 + 2 * channels] = params[:, 1 + channels:1 + 2 * channels].sigmoid() * 3 - 4 + 2
     return params.flatten(1, 2)
 
 def all_levels(params):
@@ -101,7 +101,7 @@ def literal_log_prob(x, params, mixtures):
                 for m in range(mixtures):
                     product, pair = weights[m] / sum(weights), 0
                     for c in range(C):
-                        mu, s = p[1 + c][m], math.exp(p[1 + C + c][m])
+                        mu, s = p[1 + c][m], math.exp(p[1 + C + c][m] - 2)
                         for j in range(c):
                             mu += math.tanh(p[1 + 2 * C + pair][m]) * pixel[j]
                             pair += 1
@@ -147,6 +147,17 @@ def test_a_log_scale_below_minus_7_counts_as_minus_7_and_above_7_as_7():
     at = lambda log_scale: all_levels(pixel_params([0.0], [[0.2]], [[log_scale]]))
     assert torch.equal(at(-50.0), at(-7.0)) and torch.equal(at(50.0), at(7.0))
     assert not torch.equal(at(-6.5), at(-7.0)) and not torch.equal(at(6.5), at(7.0))
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shift_moves_the_means(channels):
+    """p(x | means + a) = p(x - a | means), far from the edges; in bf16 only the parameters have been rounded, not the sum."""
+    x = from_uint8(torch.randint(100, 120, (2, channels, 3, 3)))
+    params = random_params(2, channels, 10, seed=0, height=3, width=3)
+    params[:, 10 * (1 + 2 * channels):] = 0  # no coupling: it multiplies x
+    shift = from_uint8(torch.randint(60, 190, x.shape))
+    shifted = common.dmol_shift(params, shift)
+    assert torch.allclose(dmol_log_prob(x, shifted), dmol_log_prob(x - shift, params), atol=1e-2)
+    assert torch.equal(common.dmol_shift(params.bfloat16(), shift), common.dmol_shift(params.bfloat16().float(), shift))
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
 def test_values_and_gradients_are_finite_for_any_parameters(size):

@@ -13,10 +13,8 @@ from torch.distributions import MultivariateNormal, Normal
 
 import selfvae
 import vae
-from common import UserError, from_uint8, log_mean_exp, quantize, to_uint8
+from common import Batches, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, quantize, to_uint8
 from selfvae import Config, SelfVAE, downscale, gaussian
-
-SMALL = selfvae.WIDTHS["small"]
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
@@ -33,8 +31,12 @@ def no_noise(monkeypatch):
 def noise_images(count, channels=3, size=16):
     return from_uint8(torch.randint(256, (count, channels, size, size)))
 
-def make(levels=1, channels=3, size=16, prior="realnvp"):
-    model = SelfVAE(Config(levels=levels, prior=prior, small=True), (channels, size, size))
+def halved(y):
+    """d = downscaling, of images in [-1, 1]."""
+    return from_uint8(downscale(to_uint8(y).int()))
+
+def make(levels=1, channels=3, size=16, prior="realnvp", transform="downscale"):
+    model = SelfVAE(Config(levels=levels, prior=prior, transform=transform, small=True), (channels, size, size))
     model.initialize(noise_images(4, channels, size))
     return model
 
@@ -51,41 +53,121 @@ def inputs_of(module):
     module.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     return calls
 
-# ---- The transformation d --------------------------------------------------------------------------------------------
+# ---- The transformations d -------------------------------------------------------------------------------------------
+def pixels(*rows):
+    """Rows of grey levels -> (1, 1, H, W)."""
+    return torch.tensor(rows).view(1, 1, len(rows), -1)
+
 @pytest.mark.parametrize("block, level", [
     ([0, 0, 0, 0], 0), ([255, 255, 255, 255], 255), ([10, 20, 30, 40], 25), ([0, 0, 0, 1], 0), ([0, 0, 0, 2], 1),
     ([0, 0, 1, 2], 1), ([1, 2, 1, 2], 2), ([2, 3, 2, 3], 3), ([255, 255, 255, 253], 255), ([255, 255, 255, 252], 254),
     ([0, 0, 255, 255], 128)])
 def test_downscale_by_hand(block, level):
     """The mean of 2x2 pixels, half rounded up: 1.5 -> 2, 2.5 -> 3, 0.5 -> 1, 254.5 -> 255, 0.25 -> 0, 127.5 -> 128."""
-    y = downscale(from_uint8(torch.tensor(block).view(1, 1, 2, 2)))
-    assert to_uint8(y).item() == level and y.item() == from_uint8(torch.tensor(level)).item()
+    assert downscale(torch.tensor(block).view(1, 1, 2, 2)).item() == level
 
 def test_downscale_is_exact():
-    """Integers: (sum of the 2x2 levels + 2) // 4, for 12,000 random blocks and for the 1,021 possible sums."""
+    """Integers: (sum of the 2x2 levels + 2) // 4, for 12,000 random blocks, each at its place."""
     levels = np.random.default_rng(0).integers(0, 256, (1000, 3, 4, 4))
     sums = levels.reshape(1000, 3, 2, 2, 2, 2).sum((3, 5))
-    assert np.array_equal(to_uint8(downscale(from_uint8(torch.tensor(levels)))).numpy(), (sums + 2) // 4)
-    every = np.array([[min(255, max(0, total - 255 * i)) for i in range(4)] for total in range(1021)])
-    y = downscale(from_uint8(torch.tensor(every).view(-1, 1, 2, 2)))
-    assert np.array_equal(to_uint8(y).flatten().numpy(), (every.sum(1) + 2) // 4)
-    assert torch.equal(y, quantize(y))  # on the grid, bit for bit
+    assert np.array_equal(downscale(torch.tensor(levels)).numpy(), (sums + 2) // 4)
 
-def test_downscale_is_the_same_alone_in_a_batch_and_under_autocast():
-    """Nothing but a pixel's own 2x2 block counts: not the rest of the batch, not the networks' precision."""
-    x = noise_images(5)
-    y = downscale(x)
-    assert torch.equal(y, torch.cat([downscale(x[i:i + 1]) for i in range(5)]))
-    assert torch.equal(y, downscale(x.contiguous(memory_format=torch.channels_last)))
+@pytest.mark.parametrize("rgb, level", [((255, 0, 0), 76), ((0, 255, 0), 150), ((0, 0, 255), 29), ((255, 255, 255), 255),
+                                        ((1, 0, 0), 0), ((0, 1, 0), 1), ((10, 20, 30), 18), ((0, 0, 0), 0)])
+def test_grayscale_by_hand(rgb, level):
+    """0.299 R + 0.587 G + 0.114 B: 76.245, 149.685, 29.07, 255, 0.299, 0.587, 2.99 + 11.74 + 3.42 = 18.15, 0."""
+    grey = selfvae.grayscale(torch.tensor(rgb).view(1, 3, 1, 1))
+    assert grey.shape == (1, 1, 1, 1) and grey.item() == level and selfvae.grayscale(grey) is grey
+
+def test_edges_by_hand():
+    """Differences of the neighbours, at the border of the border pixel: a column of 30 and a row of 40 cross at 50."""
+    a = pixels([0, 0, 0, 0], [0, 0, 0, 0], [40, 40, 40, 40], [40, 40, 40, 40]) + pixels(*[[0, 0, 30, 30]] * 4)
+    assert selfvae.edges(a).tolist() == [[[[0, 30, 30, 0], [40, 50, 50, 40], [40, 50, 50, 40], [0, 30, 30, 0]]]]
+    assert selfvae.edges(pixels([0, 9, 1, 1])).tolist() == [[[[9, 1, 8, 0]]]]
+    assert selfvae.edges(pixels([0, 255], [255, 255])).tolist() == [[[[255, 255], [255, 0]]]]  # 255 √2, but no level is above 255
+    assert selfvae.edges(pixels([0, 2], [3, 0])).tolist() == [[[[4, 3], [4, 4]]]]  # √13, √8; √18, √13
+
+def test_posterize_by_hand():
+    """The two high bits, spread over the range."""
+    assert selfvae.posterize(pixels([0, 63, 64, 127, 128, 191, 192, 255])).tolist() == [[[[0, 0, 85, 85, 170, 170, 255, 255]]]]
+
+def test_sketch_by_hand():
+    """One pixel of 100 on 200: its inverse is 155 on 55, of which the blur keeps 70/256 a side in the middle."""
+    a = torch.full((1, 1, 17, 17), 200)
+    a[..., 8, 8] = 100
+    y = selfvae.sketch(a)
+    middle, beside, corner = 55 + 100 * (70 / 256)**2, 55 + 100 * 70 * 56 / 256**2, 55 + 100 * (56 / 256)**2  # 62.48, 60.98, 59.79
+    assert (round(middle), round(beside), round(corner)) == (62, 61, 60)
+    assert y[0, 0, 8, 8] == 255 * 101 // (256 - 62) == 132  # darker than around it: a line
+    assert y[0, 0, 8, 9] == min(255, 255 * 201 // (256 - 61)) == 255  # lighter than the blur: paper
+    assert (y == 255).sum() == 17 * 17 - 1
+    assert (selfvae.sketch(pixels([0] * 9)) == 255).all() and (selfvae.sketch(pixels([77] * 9)) == 255).all()  # flat is white
+
+def test_sketch_blurs_with_the_edge_repeated():
+    """Left of a step from 10 to 250 at columns 5 | 6: b's weights right of it, Σ_{i ≥ d} C(8, i) / 256, at distance d."""
+    a = torch.tensor([10] * 6 + [250] * 6).expand(1, 1, 3, 12)
+    right = [0, 0, 1, 9, 37, 93]  # of 256, for columns 0 … 5: the last i of 1 8 28 56 70 …
+    b = [(245 * (256 - r) + 5 * r) / 256 for r in right]
+    expected = [min(255, 255 * 11 // (256 - math.floor(v + 0.5))) for v in b]
+    assert selfvae.sketch(a)[0, 0, 1, :6].tolist() == expected and expected[0] == 255 and expected[5] == 28
+
+@pytest.mark.parametrize("name", selfvae.TRANSFORMS)
+def test_transformations_are_exact(name):
+    """Levels in 0 … 255, the same alone, in a batch, in channels_last and under autocast; made of integers, but for `edges`."""
+    d, model_input = selfvae.TRANSFORMS[name][0], torch.randint(256, (5, 3, 16, 16), dtype=torch.int32)
+    y = d(model_input)
+    assert y.min() >= 0 and y.max() <= 255 and y.dtype == torch.int32 and y.shape[0] == 5
+    assert torch.equal(y, torch.cat([d(x[None]) for x in model_input]))
+    assert torch.equal(y, d(model_input.contiguous(memory_format=torch.channels_last)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(y, downscale(x)) and downscale(x).dtype == torch.float32
+        assert torch.equal(y, d(model_input))
+
+def test_the_float_in_edges_cannot_tip_over():
+    """Every sum of two squares of level differences gives what exact integer arithmetic gives, even if its root is off by 2e-5."""
+    squared = torch.arange(256)
+    squared = (squared[:, None]**2 + squared**2).unique()
+    exact = torch.tensor([(math.isqrt(4 * n) + 1) // 2 for n in squared.tolist()])  # round(√n) = floor((floor(2√n) + 1) / 2)
+    for error in (-2e-5, 0, 2e-5):
+        root = (squared.float().sqrt() + error).round().int()
+        assert torch.equal(root.clamp(max=255), exact.int().clamp(max=255))
+
+@pytest.mark.parametrize("name, shape", [("sketch", (1, 32, 32)), ("grayscale", (1, 32, 32)), ("edges", (1, 32, 32)), ("posterize", (3, 32, 32))])
+def test_networks_take_their_shapes_from_d(name, shape):
+    """K = 1 on 32x32 RGB with y of its own channels and size: the bound is finite, y is what was drawn, x has three channels."""
+    model, x = make(size=32, transform=name), noise_images(2, size=32)
+    y, terms = model.representations(x), model.terms(x)
+    assert model.shapes == {1: shape, 2: (3, 32, 32)} and y[1].shape == (2, *shape) and y[2] is x
+    assert torch.equal(to_uint8(y[1]).int(), selfvae.TRANSFORMS[name][0](to_uint8(x).int()))
+    assert all(values.isfinite().all() for values in terms.values()) and list(terms) == NAMES[1]
+    drawn = model.decode({}, 2)[0]
+    assert_images(drawn[1], (2, *shape))
+    assert_images(drawn[2], (2, 3, 32, 32))
+
+@pytest.mark.parametrize("name", ["sketch", "grayscale", "edges", "posterize"])
+def test_what_cannot_be_repeated_says_so(name):
+    with pytest.raises(UserError, match=f"--transform {name} cannot be applied 2 times: take --levels 1"):
+        SelfVAE(Config(levels=2, transform=name, small=True), (3, 32, 32))
+
+def test_unknown_transformation_is_refused():
+    with pytest.raises(UserError, match="no --transform blur: take downscale, sketch, grayscale, edges, posterize"):
+        SelfVAE(Config(transform="blur", small=True), (3, 32, 32))
+
+def test_a_transformation_is_one_function_and_one_entry(monkeypatch):
+    """A toy d, red and green at a quarter of the side, stacked twice: networks, bound, images and every operation follow."""
+    monkeypatch.setitem(selfvae.TRANSFORMS, "toy", (lambda y: y[:, :max(1, y.shape[1] - 1), ::2, ::2], 2, False))
+    model, x = make(levels=2, size=32, transform="toy"), noise_images(2, size=32)
+    assert model.shapes == {1: (1, 8, 8), 2: (2, 16, 16), 3: (3, 32, 32)}
+    assert torch.equal(model.representations(x)[1], x[:, :1, ::4, ::4])
+    assert list(model.terms(x)) == NAMES[2] and model.elbo(x).isfinite().all() and model.log_weights(x, 2).isfinite().all()
+    for operation in model.operations:
+        assert_images(model.reconstruct(x, operation=operation), (2, 3, 32, 32))
 
 def test_representations_are_the_chain_of_downscalings():
     """K = 3, 64 pixels: y_4 = x, then 32, 16, 8; each the downscaling of the one above. A flat image stays what it is."""
     model, x = make(levels=3, size=64), noise_images(2, size=64)
     y = model.representations(x)
     assert {k: y_k.shape[-1] for k, y_k in y.items()} == {4: 64, 3: 32, 2: 16, 1: 8} and y[4] is x
-    assert all(torch.equal(y[k], downscale(y[k + 1])) for k in (1, 2, 3))
+    assert all(torch.equal(y[k], halved(y[k + 1])) and torch.equal(y[k], quantize(y[k])) for k in (1, 2, 3))
     flat = from_uint8(torch.full((1, 3, 64, 64), 77))
     assert torch.equal(model.representations(flat)[1], flat[..., :8, :8])
 
@@ -131,22 +213,21 @@ def test_terms_and_shapes(levels, channels):
         assert q_z(y[k + 1]).shape == p_z(y[k], z).shape == (2, 32, 8, 8)
         assert p_x(y[k], z).shape == (2, {1: 30, 3: 100}[channels], *y[k + 1].shape[2:])
 
-@pytest.mark.parametrize("size, levels, most", [(8, 1, 0), (32, 3, 2), (64, 4, 3)])
-def test_too_many_levels_are_refused(size, levels, most):
-    """Every y has at least 8 pixels a side; the message names the largest K that would do."""
-    with pytest.raises(UserError, match=f"--levels {levels} .*--levels {most} at most"):
+@pytest.mark.parametrize("size, levels, left", [(8, 1, 4), (32, 3, 4), (64, 4, 4), (32, 7, 0)])
+def test_too_many_levels_are_refused(size, levels, left):
+    """Every y has at least 8 pixels a side."""
+    with pytest.raises(UserError, match=f"--levels {levels} leaves y_1 {left} pixels a side, and 8 are the least"):
         SelfVAE(Config(levels=levels, small=True), (3, size, size))
 
 def test_sizes_that_do_not_halve_to_8_are_refused():
-    """48 is 6 times 8, no power of two."""
-    with pytest.raises(UserError, match="size 48 "):
+    """48 is 6 times 8, no power of two; nor is y_1's 24."""
+    with pytest.raises(UserError, match="size 24 does not halve"):
         SelfVAE(Config(levels=1, small=True), (3, 48, 48))
 
 # ---- K = 0 -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("prior", ["normal", "mog", "realnvp"])
 def test_without_levels_it_is_the_vae(monkeypatch, prior):
     """q_u, p_u, p_y are the VAE's q_z, p_z, p_x: same weights and noise, same bound, weights and images."""
-    monkeypatch.setitem(selfvae.WIDTHS, "small", SMALL)
     plain, x = vae.VAE(vae.Config(prior=prior, small=True), (3, 32, 32)), noise_images(2, size=32)
     plain.initialize(x)
     model = SelfVAE(Config(levels=0, prior=prior, small=True), (3, 32, 32))
@@ -188,11 +269,11 @@ def linear_gaussian(monkeypatch, c):
     fours, upscale = lambda x: F.pixel_unshuffle(x, 2), lambda y: F.interpolate(y, scale_factor=2)  # four pixels to each place
     model.q_u = Stub(lambda y: latent(0.8 * y, 0.2))
     model.p_y = Stub(lambda u: (u[:, :1], 0.5))
-    model.q_z[0] = Stub(lambda x: latent((0.16 * (0.7 + 0.8 * c) * downscale(x) + fours(x) - downscale(x)) / 1.16, 0.16 / 1.16))
+    model.q_z[0] = Stub(lambda x: latent((0.16 * (0.7 + 0.8 * c) * halved(x) + fours(x) - halved(x)) / 1.16, 0.16 / 1.16))
     model.p_z[0] = Stub(lambda y, u, h=None: latent((0.7 * (y if h is None else h) + c * u[:, :1]).expand(-1, 4, -1, -1), 1.0))
     model.p_z[0].from_y = torch.nn.Identity()
     model.p_x[0] = Stub(lambda y, z: (upscale(y) + F.pixel_shuffle(z[:, :4], 2), 0.4))
-    y = downscale(x)
+    y = halved(x)
     mean, covariance = (1.7 + 0.8 * c) * y, 1.16 * torch.eye(4) + 0.2 * c**2  # of p(x_1 … x_4|y): z_i and u integrated out
     log_p_x = MultivariateNormal(mean.movedim(1, -1).expand(-1, -1, -1, 4), covariance).log_prob(fours(x).movedim(1, -1))
     return model, x, log_p_x.sum((1, 2)) + Normal(0.0, math.sqrt(1.25)).log_prob(y).sum((1, 2, 3))
@@ -220,7 +301,7 @@ def test_kl_z_is_the_kl(no_noise):
     with torch.no_grad():
         for p in model.p_z.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        kl, y = model.terms(x)["kl_z_1"], downscale(x)
+        kl, y = model.terms(x)["kl_z_1"], halved(x)
         posterior = gaussian(model.q_z[0](x))
         prior = gaussian(model.p_z[0](y, gaussian(model.q_u(y)).mean))
         z = posterior.sample((2000,))
@@ -309,55 +390,152 @@ def assert_images(x, shape):
     assert x.shape == shape and x.min() >= -1 and x.max() <= 1
     torch.testing.assert_close(x, quantize(x), atol=1e-6, rtol=0)
 
+OPERATIONS = ["generate", "conditional_generate", "conditional_reconstruct", "reconstruct_1", "reconstruct_2"]
+
 @pytest.mark.parametrize("levels", [0, 1, 2])
 @pytest.mark.parametrize("mean", [False, True])
 def test_images_are_images(levels, mean):
-    """Shapes and grid of x, of every y on the way and of both kinds of reconstruction, drawn or means."""
+    """Shapes and grid of x, of every y on the way and of all five operations, drawn or means."""
     model, x = make(levels, channels=1, size=32), noise_images(2, channels=1, size=32)
-    assert_images(model.sample(3, mean=mean), (3, 1, 32, 32))
-    y = model.sample(3, mean=mean, levels=True)
+    y = model.decode({}, 3, mean=mean)[0]
     assert sorted(y) == list(range(1, levels + 2))
     for k, y_k in y.items():
         assert_images(y_k, (3, 1, 32 >> (levels + 1 - k), 32 >> (levels + 1 - k)))
-    for infer in (True, False):
-        assert_images(model.reconstruct(x, mean=mean, infer=infer), (2, 1, 32, 32))
+    assert torch.equal(seeded(model.sample, 3, mean=mean), seeded(model.decode, {}, 3, mean=mean)[0][levels + 1])
+    assert list(model.operations) == OPERATIONS
+    for operation in OPERATIONS:
+        assert_images(model.reconstruct(x, mean, operation), (2, 1, 32, 32))
 
-def test_sample_is_ancestral():
+def test_generation_is_ancestral():
     """Each y that is drawn is what the next level is given. d(x) need not be y again: p(x|y, z) is free to ignore y."""
     model = make(levels=2, size=32)
     p_z, p_x = [inputs_of(m.from_y) for m in model.p_z], [inputs_of(m) for m in model.p_x]
-    y = seeded(model.sample, 2, levels=True)
+    y, log_p = model.decode({}, 2)
     for k in (1, 2):
         assert torch.equal(p_z[k - 1][0][0], y[k]) and torch.equal(p_x[k - 1][0][0], y[k])
-    assert torch.equal(seeded(model.sample, 2), y[3]) and not torch.equal(downscale(y[3]), y[2])
+    assert not torch.equal(halved(y[3]), y[2]) and log_p == {}
 
 def test_temperature_scales_the_noise_of_u_and_z():
     """p(u) = N(0, 1): u has sd T. At T = 0, z_1 is the mean of p(z_1|y_1, u), and two images from one u and y_1 are equal."""
     model = make(prior="normal")
     u, z = inputs_of(model.p_y), inputs_of(model.p_x[0])
     for temperature in (0.0, 0.5, 1.0):
-        y = model.sample(4, temperature, mean=True, levels=True)
+        y = model.decode({}, 4, temperature, mean=True)[0]
         prior = gaussian(model.p_z[0](y[1], u[-1][0]))
         assert u[-1][0].std().item() == pytest.approx(temperature, rel=0.1)
         noise = (z[-1][1] - prior.mean) / prior.stddev
         assert noise.std().item() == pytest.approx(temperature, rel=0.1, abs=1e-5)
 
-@pytest.mark.parametrize("infer", [True, False])
-def test_reconstruct_keeps_y_and_infers_or_samples_z(no_noise, infer):
-    """p(x|y_2, z_2) is given y_2 = d(x); z_2 comes from q(z_2|x), or from p(z_2|y_2, z_1) with z_1 from q(z_1|y_2)."""
+@pytest.mark.parametrize("operation, sent, drawn_z, drawn_y", [
+    ("generate", [], [0, 1, 2], [1, 2]), ("conditional_generate", ["y_2"], [2], []),
+    ("conditional_reconstruct", ["y_2", "z_2"], [], []), ("reconstruct_1", ["u"], [1, 2], [1, 2]),
+    ("reconstruct_2", ["u", "z_1", "z_2"], [], [1, 2])])
+def test_operations_know_what_they_should(no_noise, operation, sent, drawn_z, drawn_y):
+    """Figure 3 for K = 2, without noise: what is not drawn from p has x's own value, what is drawn is p's mean, given the rest.
+
+    Conditional generation knows z_1 and u, for y_2 = d(x) tells them; section 3.3 swaps it with conditional reconstruction.
+    """
     model, x = make(levels=2, size=32), noise_images(2, size=32)
-    y, q_z, p_z = downscale(x), model.q_z, model.p_z[1]
-    inferred, sampled = gaussian(q_z[1](x)).mean, gaussian(p_z(y, gaussian(q_z[0](y)).mean)).mean
-    calls = inputs_of(model.p_x[1])
-    model.reconstruct(x, infer=infer)
-    assert torch.equal(calls[0][0], y)
-    torch.testing.assert_close(calls[0][1], inferred if infer else sampled)
-    assert not torch.allclose(inferred, sampled)
+    of_x, mean = model.representations(x), lambda network, *args: gaussian(network(*args)).mean
+    inferred = [mean(model.q_u, of_x[1]), mean(model.q_z[0], of_x[2]), mean(model.q_z[1], x)]
+    decoded = [inputs_of(model.p_y), inputs_of(model.p_x[0]), inputs_of(model.p_x[1])]
+    known, log_q = model.infer(x, sent)
+    assert model.operations[operation] == sent and set(log_q) == set(known) - {"y_1", "y_2"}
+    y, log_p = model.decode(known, 2, temperature=0.0)
+    assert set(log_p) == set(known)
+    z = [calls[0][-1] for calls in decoded]
+    for k in range(3):
+        expected = inferred[k] if k not in drawn_z else torch.zeros(2, 16, 8, 8) if k == 0 else mean(model.p_z[k - 1], y[k], z[k - 1])
+        torch.testing.assert_close(z[k], model.p_u.from_noise(expected) if k == 0 and 0 in drawn_z else expected)
+    assert [k for k in (1, 2) if not torch.equal(y[k], of_x[k])] == drawn_y
+
+def test_any_mixture_can_be_sent():
+    """K = 2: y_1 and z_2 sent. The receiver has u, as y_1 tells it; z_1 and y_2 are drawn."""
+    model, x = make(levels=2, size=32), noise_images(2, size=32)
+    known, log_q = model.infer(x, ["y_1", "z_2"])
+    assert set(known) == {"u", "y_1", "z_2"} and set(log_q) == {"u", "z_2"}
+    assert torch.equal(known["y_1"], model.representations(x)[1])
+    assert_images(model.decode(known, 2)[0][3], (2, 3, 32, 32))
+
+def test_to_send_everything_costs_the_bound():
+    """All latents, y's and x itself: the code length Σ log q - log p has the terms of the ELBO, name by name; KLs on average."""
+    model, x = make(levels=2, size=32), noise_images(1, size=32)
+    with torch.no_grad():
+        for p in [*model.p_u.parameters(), *model.p_z.parameters(), *model.q_z.parameters()]:
+            p.add_(0.1 * torch.randn_like(p))
+        known, log_q = model.infer(x.expand(200, -1, -1, -1), ["y_2", "y_3", "z_2"])
+        log_p, terms = model.decode(known, 200)[1], model.terms(x.expand(200, -1, -1, -1))
+    for name, theirs in (("u", "kl_u"), ("y_1", "re_y_1"), ("z_1", "kl_z_1"), ("y_2", "re_y_2"), ("z_2", "kl_z_2"), ("y_3", "re_x")):
+        ours, theirs = log_q.get(name, 0) - log_p[name], terms[theirs]
+        assert abs(ours.mean() - theirs.mean()) < 4 * math.sqrt((ours.var() + theirs.var()) / 200) + 1e-3, name
 
 def test_conditional_generation_has_seen_only_y():
-    """Two images with the same d(x) give the same x̂ from the same noise with infer=False; with infer=True they do not."""
+    """Two images with the same d(x) give the same x̂ from the same noise; conditional reconstructions differ."""
     model, x = make(), noise_images(2)
     flipped = F.pixel_shuffle(F.pixel_unshuffle(x, 2).unflatten(1, (3, 4)).flip(2).flatten(1, 2), 2)  # each 2x2 block reversed
-    assert torch.equal(downscale(flipped), downscale(x)) and not torch.equal(flipped, x)
-    assert torch.equal(seeded(model.reconstruct, x, infer=False), seeded(model.reconstruct, flipped, infer=False))
-    assert not torch.equal(seeded(model.reconstruct, x), seeded(model.reconstruct, flipped))
+    assert torch.equal(halved(flipped), halved(x)) and not torch.equal(flipped, x)
+    same = lambda operation: torch.equal(*(seeded(model.reconstruct, image, operation=operation) for image in (x, flipped)))
+    assert same("conditional_generate") and same("reconstruct_1") and same("generate")
+    assert not same("conditional_reconstruct") and not same("reconstruct_2")
+
+# ---- What is sent ----------------------------------------------------------------------------------------------------
+def test_eight_bits():
+    """At most 256 values between ± the largest of each image, which is kept; no value moves by more than half a step."""
+    z = torch.randn(3, 16, 8, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
+    rounded = selfvae.eight_bits(z)
+    largest = z.abs().amax((1, 2, 3))
+    torch.testing.assert_close(rounded.abs().amax((1, 2, 3)), largest)
+    assert ((rounded - z).abs().amax((1, 2, 3)) <= largest / 255 * 1.001).all() and not torch.equal(z, rounded)
+    assert all(100 < len(image.unique()) <= 256 for image in rounded)
+
+def test_rates_by_hand(monkeypatch):
+    """K = 1 on 32x32 RGB: D = 3,072, y has 768 values, u and z 1,024 each: 25, 58.3, 33.3 and 66.7 %. Bits against the terms."""
+    model, x = make(size=32), noise_images(6, size=32)
+    batches = Batches(to_uint8(x).permute(0, 2, 3, 1).numpy(), 4, "cpu")
+    table = selfvae.rates(Config(), model, batches, 3072)
+    assert list(table) == OPERATIONS
+    assert [round(row["percent"], 1) for row in table.values()] == [0.0, 25.0, 58.3, 33.3, 66.7]
+    assert [round(row["raw_bpd"], 2) for row in table.values()] == [0.0, 2.0, 4.67, 2.67, 5.33]
+    terms = {name: bits_per_dim(value, 3072) for name, value in mean_terms(model, batches).items()}
+    ideal = [0.0, terms["kl_u"] + terms["re_y_1"], terms["kl_u"] + terms["re_y_1"] + terms["kl_z_1"], terms["kl_u"]]
+    assert [row["ideal_bpd"] for row in table.values()][:4] == pytest.approx(ideal, abs=0.02)
+    assert all(5 < row[name] < 30 for row in table.values() for name in ("psnr", "psnr_8bit", "psnr_mean"))
+    assert table["generate"]["psnr"] == table["generate"]["psnr_8bit"] != table["generate"]["psnr_mean"]
+
+def test_bicubic_by_hand():
+    """Far from an edge a ramp stays a ramp: slope 1 level at half the side is 1/2 a level a pixel; overshoots are clipped."""
+    y = from_uint8(torch.arange(100, 116).expand(1, 1, 16, 16))
+    x = to_uint8(selfvae.bicubic(y, torch.empty(1, 1, 32, 32)))[0, 0, 5, 8:24].double()
+    torch.testing.assert_close(x, torch.arange(8, 24).double() / 2 + 99.75, atol=0.5, rtol=0)
+    step = from_uint8(torch.tensor([0] * 8 + [255] * 8).expand(1, 1, 16, 16))
+    assert_images(selfvae.bicubic(step, torch.empty(1, 1, 32, 32)), (1, 1, 32, 32))
+
+# ---- Latent space ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("base", [False, True])
+def test_interpolation_in_u_or_its_base(base):
+    """From the mean of q(u|y_1) of one image to that of the other, straight in u, or in v = f⁻¹(u); its ends are the same."""
+    model, x = make(), noise_images(4)
+    with torch.no_grad():
+        for p in model.p_u.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        u = inputs_of(model.p_y)
+        images = model.interpolate(x[:2], x[2:], 5, base=base)
+        assert_images(images.flatten(0, 1), (10, 3, 16, 16))
+        ends = gaussian(model.q_u(halved(x))).mean
+        path = u[0][0].unflatten(0, (2, 5))
+        torch.testing.assert_close(path[:, [0, -1]], ends.unflatten(0, (2, 2)).transpose(0, 1), atol=1e-4, rtol=1e-4)
+        line = (model.p_u(path[0])[0] if base else path[0])
+        other = (path[0] if base else model.p_u(path[0])[0])
+    torch.testing.assert_close(line[1:] - line[:-1], (line[-1:] - line[:1]).expand(4, -1, -1, -1) / 4, atol=1e-5, rtol=1e-3)
+    assert not torch.allclose(other[1:] - other[:-1], (other[-1:] - other[:1]).expand(4, -1, -1, -1) / 4, atol=1e-3, rtol=0)
+
+@pytest.mark.parametrize("redrawn", [["z_1", "z_2"], ["z_1"], ["z_2"]])
+def test_variations_share_the_other_latents(redrawn):
+    """K = 2: in a row of 3, u and every z not redrawn are the same values; a redrawn z is a new draw each time."""
+    model, x = make(levels=2, size=32), noise_images(2, size=32)
+    inputs = [inputs_of(model.p_y), inputs_of(model.p_x[0]), inputs_of(model.p_x[1])]
+    assert_images(model.vary(x, redrawn, 3).flatten(0, 1), (6, 3, 32, 32))
+    for name, calls in zip(["u", "z_1", "z_2"], inputs):
+        z = calls[0][-1].unflatten(0, (2, 3))
+        assert torch.equal(z[:, 0], z[:, 1]) == (name not in redrawn)
+        assert not torch.equal(z[0], z[1])
