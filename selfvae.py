@@ -22,7 +22,6 @@ import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal,
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,8 +48,7 @@ class Config:
     size: int = flag(None, "side of the images in pixels, 8 times a power of two (default: the dataset's own)")
     transform: str = flag("downscale", "d: downscale, sketch, grayscale, edges or posterize")
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model", low=0)
-    prior: str = flag("realnvp", "p(u): normal, mog or realnvp (section A.2)", choices=("normal", "mog", "realnvp"))
-    mog_components: int = flag(10, "components of --prior mog (Table 2's parameter count implies 1000)")
+    prior: str = flag("realnvp", "p(u): normal or realnvp (section A.2)", choices=("normal", "realnvp"))
     small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -227,22 +225,6 @@ class NormalPrior(nn.Module):
     def from_noise(self, v):
         return v
 
-# Copied from vae.py: MoGPrior
-class MoGPrior(nn.Module):
-    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components; from_noise draws m itself, z = μ_m + σ_m·v."""
-    def __init__(self, components):
-        super().__init__()
-        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # near N(0, 1), no two components alike
-        self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
-
-    def log_prob(self, z):
-        components = Normal(self.mean, self.log_sd.exp(), validate_args=False)
-        return log_mean_exp(components.log_prob(z.unsqueeze(1)).sum((2, 3, 4)), dim=1)  # (B, M) -> (B,)
-
-    def from_noise(self, v):
-        m = torch.randint(len(self.mean), (len(v),), device=v.device)
-        return self.mean[m] + self.log_sd[m].exp() * v
-
 # Copied from vae.py: Coupling
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s), where
@@ -376,7 +358,7 @@ WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of the dense blocks in e
     "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, likewise
                         p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
     "small VAE": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),  # as in vae.py, and with as many parameters:
-    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2), p_z=((16, 1), (8, 1)), p_x=((20, 2), 16, (8, 1))),
+    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2), p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2))),
 }
 
 class SelfVAE(nn.Module):
@@ -400,8 +382,7 @@ class SelfVAE(nn.Module):
         case = ("small" if self.K else "small VAE") if cfg.small else case if case in WIDTHS else "other"
         width = WIDTHS[case]
         self.q_u = Encoder(C, size, *width["q_u"])
-        self.p_u = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
-                    "realnvp": lambda: RealNVPPrior(*width["flow"])}[cfg.prior]()
+        self.p_u = RealNVPPrior(*width["flow"]) if cfg.prior == "realnvp" else NormalPrior()
         self.p_y = Decoder(size, *width["p_y"], dmol_channels(C))
         self.q_z, self.p_z, self.p_x = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k in range(1, self.K + 1):
@@ -664,32 +645,34 @@ def report(folder, state, split, rows, total, data, dims):
     return bpd
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-# Changed from vae.py: shows the representations and the operations
+# Changed from vae.py: the representations and the operations
 def draw(cfg, model, images, folder, name):
-    """The figures `name` of 32 images: samples/, rows y_1, …, y_K, x; reconstructions/, rows x, y_K, CR, CG, RS1, RS2 (Figures
-    6, 12, 14); if y is a small x, superresolution/, rows y_K, bicubic, CG, x. Every y is shown at the size of x."""
+    """The figures `name`: samples/, 32 draws in rows y_1, …, y_K, x; reconstructions/ (Figures 6, 12, 14), 32 images in rows x,
+    y_K, CR, CG, RS1, RS2, for K = 0 x, x̂; superresolution/, if y is a smaller x, rows y_K, bicubic, CG, x. Any y at the size of x.
+    """
     name += "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1) + ".png"
     x = next(iter(Batches(images[:32], 32, cfg.device)))
     full_size = lambda y: F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
-    y = model.decode({}, 32, cfg.temperature, cfg.mean)[0]
-    save_grid(folder / "samples" / name, *(full_size(y[k]) for k in sorted(y)))
-    y = [model.representations(x)[model.K]] if model.K else []
+    drawn = model.decode({}, 32, cfg.temperature, cfg.mean)[0]
+    save_grid(folder / "samples" / name, *(full_size(drawn[k]) for k in sorted(drawn)))
     CG, CR, RS1, RS2 = (model.reconstruct(x, cfg.mean, operation) for operation in list(model.operations)[1:])
-    save_grid(folder / "reconstructions" / name, x, *map(full_size, y), *([CR, CG, RS1, RS2] if y else [RS2]))
-    if y and y[0].shape[1] == x.shape[1] and y[0].shape[2] < x.shape[2]:
-        save_grid(folder / "superresolution" / name, full_size(y[0]), bicubic(y[0], x), CG, x)
+    y = model.representations(x)[max(1, model.K)]
+    save_grid(folder / "reconstructions" / name, x, *([full_size(y), CR, CG, RS1, RS2] if model.K else [RS1]))
+    if (enlarged := bicubic(y, x)) is not None:
+        save_grid(folder / "superresolution" / name, full_size(y), enlarged, CG, x)
 
 def draw_latent_space(cfg, model, x, folder):
-    """interpolations/test-u.png, test-v.png: between two images a row, lines in u and in the base of its flow; and variations/
-    test.png: x and 7 that share u with it: all z_k drawn anew, then for K > 1 one of them alone in each row."""
+    """interpolations/test-u.png, test-v.png: one a row, straight in u or in its base v. variations/test.png: a row shows x and
+    7 images that share u with it; first all z_k are drawn anew, then, for K > 1, each alone (Figures 10 B, 13)."""
     name = "test" + "-mean" * cfg.mean
-    for base in (False, True)[:1 + (cfg.prior == "realnvp")]:
-        rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base)
-        save_grid(folder / "interpolations" / f"{name}-{'v' if base else 'u'}.png", rows.flatten(0, 1))
+    for space in "uv" if cfg.prior == "realnvp" else "u":
+        rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
+        save_grid(folder / "interpolations" / f"{name}-{space}.png", rows.flatten(0, 1))
     z = model.operations["reconstruct_2"][1:]
-    for_each = [z] * (len(z) > 1) + [[z_k] for z_k in z] or [["u"]]
-    rows = [torch.cat([x.unsqueeze(1), model.vary(x, redrawn, 7, cfg.mean)], 1).flatten(0, 1) for redrawn in for_each]
-    save_grid(folder / "variations" / f"{name}.png", *rows)
+    sheets = [torch.cat([x.unsqueeze(1), model.vary(x, redrawn, 7, cfg.mean)], 1).flatten(0, 1)
+              for redrawn in [z] * (model.K > 0) + [[z_k] for z_k in z] * (model.K > 1)]
+    if sheets:
+        save_grid(folder / "variations" / f"{name}.png", *sheets)
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
@@ -701,8 +684,9 @@ def save_grid(path, *images):
     save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 def bicubic(y, x):
-    """y at the size of x, on the 256-level grid: what super-resolution is held against."""
-    return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic").clamp(-1, 1))
+    """y at the size of x, on the 256-level grid, to hold super-resolution against; None where y is no smaller x."""
+    if y.shape[1] == x.shape[1] and y.shape[2] < x.shape[2]:
+        return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic").clamp(-1, 1))
 
 def eight_bits(z):
     """Latents rounded to 256 values, evenly spaced between ± the largest of their image: (B, 16, 8, 8) -> same shape."""
@@ -710,28 +694,28 @@ def eight_bits(z):
     return largest * quantize(z / largest)
 
 def rates(cfg, model, batches, dims):
-    """What each operation sends and how near it comes (Figures 6, 12, 14) -> {operation: {column: mean over images}}.
+    """What each operation sends, and how near it comes (Figures 6, 12, 14) -> {operation: {column: mean over images}}.
 
         percent      values sent, in percent of D: the paper's measure      raw_bpd   the same at 8 bits a value
-        ideal_bpd    code length under the model, Σ log q - log p, of what the receiver knows, given what he has of it by then
+        ideal_bpd    code length under the model, Σ log q - log p, of all that the receiver knows, given what he has by then
         psnr         dB, x̂ drawn · psnr_8bit   from latents rounded to 8 bits, same noise · psnr_mean   means of p(y|·), p(x|·)
     """
-    table = {}
+    columns, rows = ("percent", "raw_bpd", "ideal_bpd", "psnr", "psnr_8bit", "psnr_mean"), {}
     for x in batches:
         for operation, sent in model.operations.items():
             known, log_q = model.infer(x, sent)
-            rounded = {name: eight_bits(value) if name in sent and name in log_q else value for name, value in known.items()}
-            versions = []
-            for given, mean in ((known, False), (rounded, False), (known, True)):
+            def receive(known, mean=False):
                 torch.manual_seed(cfg.seed)
-                versions.append(model.decode(given, len(x), mean=mean))
-            values = sum(known[name][0].numel() for name in sent) / dims
-            nats = sum(value.sum().item() for value in log_q.values()) - sum(value.sum().item() for value in versions[0][1].values())
-            row = [100 * values, 8 * values, bits_per_dim(nats / len(x), dims)]
-            row += [psnr(y[model.K + 1], x).mean().item() for y, _ in versions]
-            table[operation] = table.get(operation, 0) + np.array(row) * len(x) / batches.count
-    return {operation: dict(zip(("percent", "raw_bpd", "ideal_bpd", "psnr", "psnr_8bit", "psnr_mean"), row.tolist()))
-            for operation, row in table.items()}
+                y, log_p = model.decode(known, len(x), mean=mean)
+                return psnr(y[model.K + 1], x), log_p
+            drawn, log_p = receive(known)
+            zero, values = torch.zeros_like(drawn), sum(known[name][0].numel() for name in sent) / dims
+            row = [zero + 100 * values, zero + 8 * values, bits_per_dim(sum(log_q.values(), zero) - sum(log_p.values(), zero), dims)]
+            rounded = known | {name: eight_bits(known[name]) for name in sent if name in log_q}
+            rows.setdefault(operation, []).append(torch.stack(row + [drawn, receive(rounded)[0], receive(known, mean=True)[0]]))
+            if operation == "conditional_generate" and model.K and (enlarged := bicubic(known[f"y_{model.K}"], x)) is not None:
+                rows.setdefault("bicubic", []).append(torch.stack(row + 3 * [psnr(enlarged, x)]))
+    return {operation: dict(zip(columns, torch.cat(row, 1).mean(1).tolist())) for operation, row in rows.items()}
 
 # Changed from vae.py: what is sent, and the latent space
 def evaluate(cfg, model, images, folder, state):
@@ -752,10 +736,13 @@ def evaluate(cfg, model, images, folder, state):
         draw(cfg, model, images.test, folder, "test")
         draw_latent_space(cfg, model, next(iter(Batches(images.test[:8], 8, cfg.device))), folder)
         table = rates(cfg, model, Batches(images.test[:count], cfg.batch_size, cfg.device), dims)
-    results |= {f"{operation}_{column}": value for operation, row in table.items() for column, value in row.items()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    rows = {f"{operation}_{column}": value for operation, row in table.items() for column, value in row.items()}
+    (folder / "results.json").write_text(json.dumps(results | rows, indent=1))
     for name, value in results.items():
-        print(f"{name:33} {value:,.4f}" if isinstance(value, float) else f"{name:33} {value}")
+        print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
+    print(f"{'what is sent':24}", *(f"{column:>9}" for column in table["generate"]))
+    for operation, row in table.items():
+        print(f"{operation:24}", *(f"{value:9.3f}" for value in row.values()))
 
 # Copied from vae.py: main
 def main(Model, argv=None):

@@ -111,7 +111,7 @@ def replaced(file, before, after):
     ("# Copied from vae.py: DenseBlock\n", "", "neither is marked"),
     ("# Copied from vae.py: DenseBlock", "# Copied from vae.py: conv", "the mark names conv"),
     ("# Copied from vae.py: DenseBlock", "# Copied from nowhere.py: DenseBlock", "nowhere.py, which does not define it"),
-    ("# Changed from vae.py: shows the representations", "# Changed from vae.py: ", "why?"),
+    ("# Changed from vae.py: the representations and the operations", "# Changed from vae.py: ", "why?"),
     ("def start_run(", "def begin_run(", "region"),
     (REGION, "# --- mine ---", "has no region"),
     ("def dense_blocks(", "# Copied from vae.py: train\n\ndef dense_blocks(", "marks, of which"),

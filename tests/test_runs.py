@@ -21,7 +21,7 @@ from conftest import MODELS, ROOT, SCRIPTS, call, flags_for
 
 COMBOS = [("vae", dict(prior="normal", dataset="mnist")), ("vae", dict(prior="mog")), ("vae", dict(prior="realnvp")),
           ("selfvae", dict(levels=0, prior="normal")), ("selfvae", dict(levels=1)),
-          ("selfvae", dict(levels=2, prior="normal", size=32))]
+          ("selfvae", dict(levels=2, prior="normal", size=32)), ("selfvae", dict(transform="sketch", prior="normal"))]
 COMBOS += [(script, {}) for script in SCRIPTS if script not in ("vae", "selfvae")]
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
@@ -134,6 +134,38 @@ def test_grids_show_true_pixels(finished):
     for i, image in enumerate(images):  # `grid` is the reconstructions now
         left = 2 + i * (size + 2)
         assert np.array_equal(grid[2:2 + size, left:left + size], np.broadcast_to(image, (size, size, 3)))
+
+
+FIGURES = {("downscale", 0): set(), ("downscale", 1): {"superresolution", "variations"},
+           ("downscale", 2): {"superresolution", "variations"}, ("sketch", 1): {"variations"}}
+
+
+def test_selfvae_draws_every_figure(finished):
+    """Rows of 8: samples of K + 1, reconstructions of x, y and four operations, super-resolution only where y is a small x."""
+    script, folder, _, _ = finished
+    if script != "selfvae":
+        return
+    cfg = json.loads((folder / "config.json").read_text())
+    K, size, count = cfg["levels"], folder_images(finished).shape[1], len(folder_images(finished))
+    rows = {"samples": 4 * (K + 1), "reconstructions": count // 8 * (6 if K else 2),
+            "superresolution": count // 8 * 4, "variations": 8 * (K + 1 if K > 1 else 1)}
+    expected = FIGURES[cfg["transform"], K] | {"samples", "reconstructions", "interpolations"}
+    assert {path.parent.name for path in folder.glob("*/*.png")} == expected
+    for name in expected - {"interpolations"}:
+        assert decoded(folder / name / "test.png").shape[0] == 2 + rows[name] * (size + 2), name
+    spaces = ["test-u.png", "test-v.png"] if cfg["prior"] == "realnvp" else ["test-u.png"]
+    assert sorted(path.name for path in (folder / "interpolations").iterdir()) == spaces
+
+
+def test_rates_are_in_the_results(finished):
+    """Six columns for each of the five operations; only what is sent costs bits, and y is sent whole."""
+    script, folder, _, _ = finished
+    if script != "selfvae":
+        return
+    results = json.loads((folder / "results.json").read_text())
+    table = {key: value for key, value in results.items() if re.search("_(percent|raw_bpd|ideal_bpd|psnr|psnr_8bit|psnr_mean)$", key)}
+    assert len(table) == (36 if (folder / "superresolution").exists() else 30) and table["generate_percent"] == table["generate_ideal_bpd"] == 0
+    assert table["reconstruct_2_percent"] == pytest.approx((json.loads((folder / "config.json").read_text())["levels"] + 1) * table["reconstruct_1_percent"])
 
 
 def test_logged_keys_are_explained(finished):
@@ -342,7 +374,12 @@ def test_size_that_does_not_halve_to_8(refused, script, pictures):
 
 
 def test_more_levels_than_halvings(refused):
-    refused("selfvae", "--levels 2", levels=3, size=32)
+    refused("selfvae", "--levels 3 leaves y_1 4 pixels", levels=3, size=32)
+
+
+def test_transformations_that_do_not_exist_or_do_not_repeat(refused):
+    refused("selfvae", "no --transform emboss", transform="emboss")
+    refused("selfvae", "take --levels 1", transform="edges", levels=2)
 
 
 def test_empty_folder(refused, tmp_path):
