@@ -31,14 +31,14 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
 from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, dmol_shift, from_uint8,
-                    importance_weighted, load_images, log_mean_exp, mean_terms, psnr, quantize, seconds_to_sample, to_uint8)
+                    importance_weighted, load_images, mean_terms, psnr, quantize, seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
 def flag(default, help, **metadata):
     """A Config field: its default and help; in metadata its `choices`, or `low`, the least value allowed (default 1)."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
-# Changed from vae.py: --levels
+# Changed from vae.py: --transform and --levels; no mixture prior
 @dataclasses.dataclass
 class Config:
     """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
@@ -134,6 +134,7 @@ class DenseBlock(nn.Module):
         for step in self.steps:
             h = torch.cat([h, step(h)], 1)
         return self.attention(h)
+
 # ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
 # Copied from vae.py: LATENT
 LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
@@ -177,32 +178,32 @@ def gaussian(params):
     """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
     mean, log_var = params.float().chunk(2, 1)
     return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
-def dense_blocks(channels, growth, steps, c_out, scale=1.0, count=3):
-    """`count` dense blocks in a row, then a 1x1 conv: (B, channels, H, W) -> (B, c_out, H, W)."""
+
+def dense_blocks(channels, growth, steps, c_out, scale=1.0):
+    """Three dense blocks in a row, then a 1x1 conv: (B, channels, H, W) -> (B, c_out, H, W)."""
     layers = []
-    for _ in range(count):
+    for _ in range(3):
         layers.append(DenseBlock(channels, growth, steps))
         channels = layers[-1].channels
     return nn.Sequential(*layers, conv(channels, c_out, 1, scale=scale))
 
 class ConditionalPrior(nn.Module):
-    """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size), z_{k-1} (B, 16, 8, 8) -> (B, 32, 8, 8), μ and log σ² for `gaussian`."""
+    """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size) through from_y, then with z_{k-1} (B, 16, 8, 8) -> (B, 32, 8, 8), μ and log σ²."""
     def __init__(self, channels, size, y_width, joint_width):
         super().__init__()
         self.from_y = nn.Sequential(Encoder(channels, size, *y_width, c_out=LATENT[0], scale=1.0), nn.ELU())
         self.from_z = dense_blocks(LATENT[0], *joint_width, LATENT[0])
         self.joint = dense_blocks(2 * LATENT[0], *joint_width, 2 * LATENT[0], scale=0.1)
 
-    def forward(self, y, z, h=None):
-        """`h` = from_y(y), if it is at hand: importance weighting computes it once for all samples of z."""
-        h = self.from_y(y) if h is None else h
+    def forward(self, h, z):
+        """h = from_y(y_k), apart so that importance weighting computes it once for all samples of z."""
         return self.joint(torch.cat([h, self.from_z(z)], 1))
 
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1} | y_k, z_k): y_k (B, channels, …) and z_k -> logistic-mixture parameters (B, P, size, size) for y_{k+1}.
 
-    NOTE(paper): where y_k is a coarse y_{k+1}, `residual`, the network predicts what the means are beside y_k. Otherwise, as in
-    the released code, to copy its input takes it the first few thousand steps. Same parameters.
+    NOTE(paper): with `residual`, where y_k is a coarse y_{k+1}, the network gives how far the means lie from the enlarged y_k.
+    Without, as in the released code, it first spends thousands of steps on learning to copy its input. Same parameters.
     """
     def __init__(self, channels, size, c_out, residual, z_width, features, joint_width):
         super().__init__()
@@ -294,7 +295,8 @@ class RealNVPPrior(NormalPrior):
     def log_prob(self, z):
         v, log_det = self(z.float())
         return super().log_prob(v) + log_det
-# ---- The transformation d: levels 0 … 255 -> levels, integers (B, C, H, W), so exact on every device and in every batch --
+
+# ---- The transformation d: integer levels 0 … 255 (B, C, H, W) -> the same, hence exact on every device, in every batch ---
 def downscale(y):
     """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
 
@@ -315,18 +317,18 @@ def sketch(y):
     """Pencil sketch by colour dodge (A.6) -> (B, 1, H, W): grayscale over its own blur, so that flat areas turn white.
 
     dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a Gaussian of σ = √2 pixels.
-    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another algorithm. The two "+ 1" make
-    black areas white too, as all flat ones, where 0 / 0 would be.
+    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another algorithm. The two "+ 1" turn black
+    areas white, as all flat ones, where 0 / 0 would stand.
     """
     a = grayscale(y)
     b = 255 - a
     for dim in (2, 3):
         b = sum(math.comb(8, i) * moved for i, moved in enumerate(shifted(b, dim, range(-4, 5))))
     b = (b + 2**15) // 2**16  # the weights of a side sum to 2⁸
-    return (255 * (a + 1) // (256 - b)).clamp(max=255)
+    return (255 * (a + 1) // (255 - b + 1)).clamp(max=255)
 
 def edges(y):
-    """Gradient magnitude |∇a| of the grayscale image a by central differences, rounded, at most 255 -> (B, 1, H, W).
+    """Length of (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}), the gradient of the grayscale image a, rounded, at most 255 -> (B, 1, H, W).
 
     The one float here. It cannot tip over: (m + ½)² = m² + m + ¼, so the root of an integer below 256² keeps 4e-4 from m + ½.
     """
@@ -348,16 +350,16 @@ TRANSFORMS = {  # --transform: d, the most --levels that make sense, whether d(y
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 # Changed from vae.py: every factor has its own
-WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of the dense blocks in every factor
+WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of dense blocks. p_z: y alone, joint. p_x: z alone, features of z, joint
     (0, True): dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # released, as in vae.py
     (0, False): dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),  # ours, as in vae.py
     (1, True): dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),  # released
-                    p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),  # y alone, joint; z alone, its channels, joint
-    "other": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, within the paper's 32-42 M parameters
+                    p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),
+    "other": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours: the paper's 32-42 M parameters for K ≤ 2, x ≤ 64
                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),
     "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),  # ours, likewise
                         p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
-    "small VAE": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),  # as in vae.py, and with as many parameters:
+    "small VAE": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),  # as in vae.py; about as many parameters in:
     "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2), p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2))),
 }
 
@@ -371,7 +373,11 @@ class SelfVAE(nn.Module):
         super().__init__()
         if cfg.transform not in TRANSFORMS:
             raise UserError(f"there is no --transform {cfg.transform}: take {', '.join(TRANSFORMS)}")
-        (self.d, most, coarse), self.K = TRANSFORMS[cfg.transform], cfg.levels
+        halvings(image_shape[1])
+        self.d, most, coarse = TRANSFORMS[cfg.transform]
+        self.K = cfg.levels
+        if cfg.transform == "grayscale" and image_shape[0] == 1:
+            raise UserError("--transform grayscale leaves grey images as they are: take another")
         if self.K > most:
             raise UserError(f"--transform {cfg.transform} cannot be applied {self.K} times: take --levels {most}")
         self.shapes = {k: y.shape[1:] for k, y in self.representations(torch.zeros(1, *image_shape)).items()}  # (C_k, H_k, W_k)
@@ -402,7 +408,7 @@ class SelfVAE(nn.Module):
     def representations(self, x):
         """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic posterior q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
 
-        On 256 levels y is discrete, and p(y_1|u) a probability and no density (section 3.2): else the bound would be void.
+        On 256 levels y is discrete, and every p(y|·) a probability and no density (section 3.2): else the bound would be void.
         """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
@@ -413,7 +419,7 @@ class SelfVAE(nn.Module):
         """The bound's terms, all costs, (B,) in nats, from one sample of u and every z_k: Eq. (2), for K levels section 3.4.
 
             re_y_1, …, re_y_K, re_x    -log p(y_1|u), -log p(y_{k+1}|y_k, z_k): reconstruction errors, signed as in Table 1
-            kl_u                       log q(u|y_1) - log p(u): a one-sample estimate, for the flow has no closed form
+            kl_u                       log q(u|y_1) - log p(u): a one-sample estimate, as p(u) may be a flow
             kl_z_1, …, kl_z_K          KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
 
         NOTE(paper): section 3.4 prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the KL_z of Eq. (2).
@@ -425,7 +431,7 @@ class SelfVAE(nn.Module):
         terms["kl_u"] = q_u.log_prob(z) - self.p_u.log_prob(z)
         terms[name(1)] = -dmol_log_prob(y[1], self.p_y(z))
         for k, q_z, p_z, p_x in self.factors():
-            posterior, prior = gaussian(q_z(y[k + 1])), gaussian(p_z(y[k], z))
+            posterior, prior = gaussian(q_z(y[k + 1])), gaussian(p_z(p_z.from_y(y[k]), z))
             z = posterior.rsample()  # z_k ~ q(z_k|y_{k+1})
             terms[f"kl_z_{k}"] = kl_divergence(posterior, prior)
             terms[name(k + 1)] = -dmol_log_prob(y[k + 1], p_x(y[k], z))
@@ -443,7 +449,7 @@ class SelfVAE(nn.Module):
         of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
         y = self.representations(x)
-        posteriors = [gaussian(self.q_u(y[1]))] + [gaussian(q_z(y[k + 1])) for k, q_z, _, _ in self.factors()]
+        posteriors = [gaussian(q(y[k + 1])) for k, q in enumerate([self.q_u, *self.q_z])]
         h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.factors()}
         z = [q.rsample((samples,)) for q in posteriors]  # [u, z_1, …, z_K], each (S, B, 16, 8, 8)
         log_p = []
@@ -452,7 +458,7 @@ class SelfVAE(nn.Module):
             tile = lambda t: t.repeat(count, 1, 1, 1)
             joint = self.p_u.log_prob(part[0]) + dmol_log_prob(tile(y[1]), self.p_y(part[0]))
             for k, _, p_z, p_x in self.factors():
-                joint = joint + gaussian(p_z(None, part[k - 1], tile(h[k]))).log_prob(part[k])
+                joint = joint + gaussian(p_z(tile(h[k]), part[k - 1])).log_prob(part[k])
                 joint = joint + dmol_log_prob(tile(y[k + 1]), p_x(tile(y[k]), part[k]))
             log_p.append(joint.view(count, -1))
         return torch.cat(log_p) - sum(q.log_prob(z_k) for q, z_k in zip(posteriors, z))
@@ -471,23 +477,24 @@ class SelfVAE(nn.Module):
                 return draw()
             log_p[name] = log_prob(known[name])
             return known[name]
+        def take_y(k, params):
+            return take(f"y_{k}", lambda: dmol_sample(params, mean), lambda y_k: dmol_log_prob(y_k, params))
 
         noise = lambda: temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device)
         z = take("u", lambda: self.p_u.from_noise(noise()), self.p_u.log_prob)
-        params = self.p_y(z)
-        y = {1: take("y_1", lambda: dmol_sample(params, mean), lambda y: dmol_log_prob(y, params))}
+        y = {1: take_y(1, self.p_y(z))}
         for k, _, p_z, p_x in self.factors():
-            p = gaussian(p_z(y[k], z))
+            p = gaussian(p_z(p_z.from_y(y[k]), z))
             z = take(f"z_{k}", lambda: p.mean + p.stddev * noise(), p.log_prob)
-            params = p_x(y[k], z)
-            y[k + 1] = take(f"y_{k + 1}", lambda: dmol_sample(params, mean), lambda y: dmol_log_prob(y, params))
+            y[k + 1] = take_y(k + 1, p_x(y[k], z))
         return y, log_p
 
     @torch.no_grad()
     def infer(self, x, sent):
-        """What a receiver knows of x to whom `sent` ⊆ {"u", "z_k", "y_k"} is sent -> {name: value}; {name: log q}, (B,) nats.
+        """What a receiver knows once `sent` ⊆ {"u", "z_k", "y_k"} of x is sent -> {name: value}; of latents {name: log q}, (B,) nats.
 
-        With y_k comes all that is below it: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. Code length: Σ log q - log p of `decode`.
+        With y_k comes all that is below it: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length
+        is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the ELBO.
         """
         y = self.representations(x)
         top = max((k for k in y if f"y_{k}" in sent), default=0)
@@ -516,15 +523,16 @@ class SelfVAE(nn.Module):
         """Generation -> x (n, C, H, W) on the 256-level grid; arguments as for `decode`."""
         return self.decode({}, n, temperature, mean)[0][self.K + 1]
 
-    def reconstruct(self, x, mean=False, operation="conditional_reconstruct"):
+    def reconstruct(self, x, mean=False, operation="conditional_reconstruct", temperature=1.0):
         """One of the `operations` on x: (B, C, H, W) -> x̂, same shape, on the 256-level grid."""
-        return self.decode(self.infer(x, self.operations[operation])[0], len(x), mean=mean)[0][self.K + 1]
+        return self.decode(self.infer(x, self.operations[operation])[0], len(x), temperature, mean)[0][self.K + 1]
 
     @torch.no_grad()
     def interpolate(self, x1, x2, steps=8, mean=False, base=False):
         """Along the straight line in u between the means of q(u|y_1) of x1 and x2, or with `base` in v, u = f(v): flow prior only.
 
-        (B, C, H, W) -> (B, steps, C, H, W), Figures 10 B, 13 (i). Every z_k is the mean of p(z_k|·): what changes, u changes.
+        (B, C, H, W) -> (B, steps, C, H, W), Figures 10 B, 13 (i). Every z_k is the mean of p(z_k|·): but for the draws of y and x,
+        without `mean`, only u changes.
         """
         ends = [gaussian(self.q_u(self.representations(x)[1])).mean for x in (x1, x2)]
         ends = [self.p_u(u)[0] for u in ends] if base else ends
@@ -533,14 +541,14 @@ class SelfVAE(nn.Module):
         return self.decode({"u": u}, len(u), 0.0, mean)[0][self.K + 1].unflatten(0, (-1, steps))
 
     @torch.no_grad()
-    def vary(self, x, redrawn, n=7, mean=False):
-        """n images a row that share the latents of x, but for those `redrawn` ⊆ {"u", "z_k"}: Figure 13 (ii).
+    def vary(self, x, redrawn, n=7, temperature=1.0, mean=False):
+        """n images that share the latents of x, but for those `redrawn` ⊆ {"u", "z_k"} (Figure 13 ii).
 
-        (B, C, H, W) -> (B, n, C, H, W). Shared ones are the same draw from q throughout; every y_k is drawn anew.
+        (B, C, H, W) -> (B, n, C, H, W). Shared ones are the same draw from q throughout; every y_k and x̂ is drawn anew.
         """
         known = {name: z.repeat_interleave(n, 0) for name, z in self.infer(x, self.operations["reconstruct_2"])[0].items()
                  if name not in redrawn}
-        return self.decode(known, n * len(x), mean=mean)[0][self.K + 1].unflatten(0, (-1, n))
+        return self.decode(known, n * len(x), temperature, mean)[0][self.K + 1].unflatten(0, (-1, n))
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 # Copied from vae.py: train
@@ -648,31 +656,31 @@ def report(folder, state, split, rows, total, data, dims):
 # Changed from vae.py: the representations and the operations
 def draw(cfg, model, images, folder, name):
     """The figures `name`: samples/, 32 draws in rows y_1, …, y_K, x; reconstructions/ (Figures 6, 12, 14), 32 images in rows x,
-    y_K, CR, CG, RS1, RS2, for K = 0 x, x̂; superresolution/, if y is a smaller x, rows y_K, bicubic, CG, x. Any y at the size of x.
-    """
+    y_K, CR, CG, RS1, RS2, for K = 0 x, x̂; superresolution/, rows y_K, bicubic, CG, x. Every y is shown at the size of x."""
     name += "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1) + ".png"
     x = next(iter(Batches(images[:32], 32, cfg.device)))
     full_size = lambda y: F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
-    drawn = model.decode({}, 32, cfg.temperature, cfg.mean)[0]
-    save_grid(folder / "samples" / name, *(full_size(drawn[k]) for k in sorted(drawn)))
-    CG, CR, RS1, RS2 = (model.reconstruct(x, cfg.mean, operation) for operation in list(model.operations)[1:])
+    drawn, _ = model.decode({}, 32, cfg.temperature, cfg.mean)
+    save_grid(folder / "samples" / name, *map(full_size, drawn.values()))
+    CR, CG, RS1, RS2 = (model.reconstruct(x, cfg.mean, operation, cfg.temperature) for operation in (
+        "conditional_reconstruct", "conditional_generate", "reconstruct_1", "reconstruct_2"))
     y = model.representations(x)[max(1, model.K)]
-    save_grid(folder / "reconstructions" / name, x, *([full_size(y), CR, CG, RS1, RS2] if model.K else [RS1]))
-    if (enlarged := bicubic(y, x)) is not None:
-        save_grid(folder / "superresolution" / name, full_size(y), enlarged, CG, x)
+    save_grid(folder / "reconstructions" / name, x, *([full_size(y), CR, CG, RS1, RS2] if model.K else [CR]))
+    if model.K and cfg.transform == "downscale":
+        save_grid(folder / "superresolution" / name, full_size(y), bicubic(y, x), CG, x)
 
 def draw_latent_space(cfg, model, x, folder):
     """interpolations/test-u.png, test-v.png: one a row, straight in u or in its base v. variations/test.png: a row shows x and
     7 images that share u with it; first all z_k are drawn anew, then, for K > 1, each alone (Figures 10 B, 13)."""
-    name = "test" + "-mean" * cfg.mean
+    name = "test" + "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1)
     for space in "uv" if cfg.prior == "realnvp" else "u":
         rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
         save_grid(folder / "interpolations" / f"{name}-{space}.png", rows.flatten(0, 1))
-    z = model.operations["reconstruct_2"][1:]
-    sheets = [torch.cat([x.unsqueeze(1), model.vary(x, redrawn, 7, cfg.mean)], 1).flatten(0, 1)
-              for redrawn in [z] * (model.K > 0) + [[z_k] for z_k in z] * (model.K > 1)]
-    if sheets:
-        save_grid(folder / "variations" / f"{name}.png", *sheets)
+    if model.K:
+        z = [f"z_{k}" for k in range(1, model.K + 1)]
+        rows = [torch.cat([x.unsqueeze(1), model.vary(x, redrawn, 7, cfg.temperature, cfg.mean)], 1).flatten(0, 1)
+                for redrawn in [z] + [[z_k] for z_k in z if model.K > 1]]
+        save_grid(folder / "variations" / f"{name}.png", *rows)
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
@@ -684,9 +692,8 @@ def save_grid(path, *images):
     save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
 
 def bicubic(y, x):
-    """y at the size of x, on the 256-level grid, to hold super-resolution against; None where y is no smaller x."""
-    if y.shape[1] == x.shape[1] and y.shape[2] < x.shape[2]:
-        return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic").clamp(-1, 1))
+    """y at the size of x, on the 256-level grid: what super-resolution is held against."""
+    return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic"))
 
 def eight_bits(z):
     """Latents rounded to 256 values, evenly spaced between ± the largest of their image: (B, 16, 8, 8) -> same shape."""
@@ -696,25 +703,28 @@ def eight_bits(z):
 def rates(cfg, model, batches, dims):
     """What each operation sends, and how near it comes (Figures 6, 12, 14) -> {operation: {column: mean over images}}.
 
-        percent      values sent, in percent of D: the paper's measure      raw_bpd   the same at 8 bits a value
-        ideal_bpd    code length under the model, Σ log q - log p, of all that the receiver knows, given what he has by then
-        psnr         dB, x̂ drawn · psnr_8bit   from latents rounded to 8 bits, same noise · psnr_mean   means of p(y|·), p(x|·)
+        percent        values sent, in percent of D: the paper's measure
+        raw_bpd        the same at 8 bits a value (the largest of each latent, one float, is not counted)
+        ideal_bpd      code length under the model, Σ log q - log p, of all that the receiver knows, given what it has by then
+        psnr           dB, x̂ drawn, latents as they are
+        psnr_8bit      dB, latents rounded to 8 bits, the same noise
+        psnr_mean      dB, means of p(y|·) and p(x|·) instead of draws
     """
     columns, rows = ("percent", "raw_bpd", "ideal_bpd", "psnr", "psnr_8bit", "psnr_mean"), {}
     for x in batches:
         for operation, sent in model.operations.items():
             known, log_q = model.infer(x, sent)
-            def receive(known, mean=False):
-                torch.manual_seed(cfg.seed)
-                y, log_p = model.decode(known, len(x), mean=mean)
+            def receive(values, mean=False):
+                with inference(cfg):  # the same noise each time, and not that of `infer`
+                    y, log_p = model.decode(values, len(x), mean=mean)
                 return psnr(y[model.K + 1], x), log_p
             drawn, log_p = receive(known)
             zero, values = torch.zeros_like(drawn), sum(known[name][0].numel() for name in sent) / dims
             row = [zero + 100 * values, zero + 8 * values, bits_per_dim(sum(log_q.values(), zero) - sum(log_p.values(), zero), dims)]
             rounded = known | {name: eight_bits(known[name]) for name in sent if name in log_q}
             rows.setdefault(operation, []).append(torch.stack(row + [drawn, receive(rounded)[0], receive(known, mean=True)[0]]))
-            if operation == "conditional_generate" and model.K and (enlarged := bicubic(known[f"y_{model.K}"], x)) is not None:
-                rows.setdefault("bicubic", []).append(torch.stack(row + 3 * [psnr(enlarged, x)]))
+            if operation == "conditional_generate" and model.K and cfg.transform == "downscale":
+                rows.setdefault("bicubic", []).append(torch.stack(row + 3 * [psnr(bicubic(known[f"y_{model.K}"], x), x)]))
     return {operation: dict(zip(columns, torch.cat(row, 1).mean(1).tolist())) for operation, row in rows.items()}
 
 # Changed from vae.py: what is sent, and the latent space
@@ -740,7 +750,7 @@ def evaluate(cfg, model, images, folder, state):
     (folder / "results.json").write_text(json.dumps(results | rows, indent=1))
     for name, value in results.items():
         print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
-    print(f"{'what is sent':24}", *(f"{column:>9}" for column in table["generate"]))
+    print(f"{'operation':24}", *(f"{column:>9}" for column in table["generate"]))
     for operation, row in table.items():
         print(f"{operation:24}", *(f"{value:9.3f}" for value in row.values()))
 
