@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,6 +61,23 @@ def run(tiny_data, tmp_path):
         line = flags_for(script, flags.pop("data_dir", tiny_data), tmp_path / "runs", **flags)
         return call(script, line, Model)
     return start
+
+
+def count(module):
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def seeded(function, *args, **kwargs):
+    """The call, from the same random state each time."""
+    torch.manual_seed(1)
+    return function(*args, **kwargs)
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    """Every reparameterised draw is the mean, as if ε = 0."""
+    monkeypatch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
 
 
 @pytest.fixture(autouse=True)

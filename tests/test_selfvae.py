@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal, Normal
 import selfvae
 import vae
 from common import Batches, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, psnr, quantize, to_uint8
+from conftest import count, seeded
 from selfvae import Config, SelfVAE, downscale, gaussian
 
 @pytest.fixture(autouse=True)
@@ -22,11 +23,6 @@ def narrow(monkeypatch):
     monkeypatch.setitem(selfvae.WIDTHS, "small", dict(q_u=(8, 1), p_y=(8, 1), flow=(4, 1), q_z=(8, 1), p_z=((8, 1), (4, 1)),
                                                       p_x=((8, 1), 8, (4, 1))))
     torch.manual_seed(0)
-
-@pytest.fixture
-def no_noise(monkeypatch):
-    """Every reparameterised draw is the mean, as if ε = 0."""
-    monkeypatch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
 
 def noise_images(count, channels=3, size=16):
     return from_uint8(torch.randint(256, (count, channels, size, size)))
@@ -39,13 +35,6 @@ def make(levels=1, channels=3, size=16, prior="realnvp", transform="downscale"):
     model = SelfVAE(Config(levels=levels, prior=prior, transform=transform, small=True), (channels, size, size))
     model.initialize(noise_images(4, channels, size))
     return model
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-def seeded(function, *args, **kwargs):
-    torch.manual_seed(1)
-    return function(*args, **kwargs)
 
 def inputs_of(module):
     """A list that fills with the positional inputs of each call of `module`."""

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import vae
 from common import UserError, dmol_sample, from_uint8, log_mean_exp, quantize
+from conftest import count, seeded
 from vae import VAE, Config, Coupling, Decoder, Encoder, MoGPrior, NormalPrior, RealNVPPrior, gaussian
 
 @pytest.fixture(autouse=True)
@@ -23,11 +24,6 @@ def narrow(monkeypatch):
 def double(monkeypatch):
     """The scripts compute densities in fp32, with .float(); here that means fp64, to compare to many digits."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-@pytest.fixture
-def no_noise(monkeypatch):
-    """Every reparameterised draw is the mean, as if ε = 0."""
-    monkeypatch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
 
 def noise_images(count, channels=3, size=8):
     return from_uint8(torch.randint(256, (count, channels, size, size)))
@@ -44,13 +40,6 @@ def randomize(module, sd=0.5):
         for p in module.parameters():
             p.normal_(std=sd)
     return module
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-def seeded(function, *args, **kwargs):
-    torch.manual_seed(1)
-    return function(*args, **kwargs)
 
 def close_terms(a, b, **tolerance):
     assert a.keys() == b.keys()
