@@ -379,11 +379,22 @@ def _dmol_split(params, channels):
     return weight[:, 0], means, (log_scales - 2).clamp(-7, 7), coefficients.tanh()
 
 def dmol_shift(params, shift):
-    """Add `shift` (B, C, H, W) to the means of every component: params (B, P, H, W) -> same shape, fp32 if `shift` is."""
+    """The parameters of x + shift where x has `params`: (B, P, H, W), shift (B, C, H, W) -> (B, P, H, W). Only the means change.
+
+    They move by the shift, less what the coupling would add for the shift of the channels before: μ_c is linear in x_j - shift_j.
+    """
     channels = shift.shape[1]
-    mixtures = params.shape[1] // dmol_channels(channels, 1)
-    shift = shift.repeat_interleave(mixtures, 1)
-    return params + F.pad(shift, (0, 0, 0, 0, mixtures, params.shape[1] - mixtures - shift.shape[1]))
+    params = params.to(torch.promote_types(params.dtype, torch.float32))  # as where they are used
+    rows = params.unflatten(1, (dmol_channels(channels, 1), -1))  # (B, rows, M, H, W)
+    weight, means, log_scales, coefficients = rows.split([1, channels, channels, channels * (channels - 1) // 2], 1)
+    moved, pair = [], 0
+    for c in range(channels):
+        mean = means[:, c] + shift[:, c:c + 1]
+        for j in range(c):
+            mean = mean - coefficients[:, pair].tanh() * shift[:, j:j + 1]
+            pair += 1
+        moved.append(mean)
+    return torch.cat([weight, torch.stack(moved, 1), log_scales, coefficients], 1).flatten(1, 2)
 
 def dmol_log_prob(x, params):
     """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).

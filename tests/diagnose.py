@@ -8,7 +8,6 @@
     miss          rms of d(x̂) - y, x̂ drawn given y: how far p(x|y, z) is from using that y is known exactly
 """
 
-import dataclasses
 import importlib
 import math
 import sys
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Batches, bits_per_dim, dmol_log_prob, dmol_sample, load_images, to_uint8  # noqa: E402
+from common import Batches, bits_per_dim, dmol_log_prob, dmol_sample, load_images  # noqa: E402
 
 
 def linear_gain(r):
