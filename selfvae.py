@@ -494,9 +494,11 @@ class SelfVAE(nn.Module):
         """What a receiver knows once `sent` ⊆ {"u", "z_k", "y_k"} of x is sent -> {name: value}; of latents {name: log q}, (B,) nats.
 
         With y_k comes all that is below it: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length
-        is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the ELBO.
+        is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the ELBO. ValueError for other names.
         """
         y = self.representations(x)
+        if unknown := {*sent} - {"u", *(f"z_{k}" for k in range(1, self.K + 1)), *(f"y_{k}" for k in y)}:
+            raise ValueError(f"there is no {', '.join(sorted(unknown))} in a model of {self.K} levels")
         top = max((k for k in y if f"y_{k}" in sent), default=0)
         known, log_q = {f"y_{k}": y[k] for k in range(1, top + 1)}, {}
         for k, network in enumerate([self.q_u, *self.q_z]):

@@ -453,6 +453,10 @@ def test_any_mixture_can_be_sent():
     assert torch.equal(known["y_1"], model.representations(x)[1])
     assert_images(model.decode(known, 2)[0][3], (2, 3, 32, 32))
 
+def test_to_send_what_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="no y_3, z_2 in a model of 1 levels"):
+        make().infer(noise_images(1), ["u", "z_2", "y_3"])
+
 def test_to_send_everything_costs_the_bound():
     """All latents, y's and x itself: the code length Σ log q - log p has the terms of the ELBO, name by name; KLs on average."""
     model, x = make(levels=2, size=32), noise_images(1, size=32)
