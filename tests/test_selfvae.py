@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 import selfvae
 import vae
-from common import Batches, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, psnr, quantize, to_uint8
+from common import Batches, UserError, bits_per_dim, dmol_sample, from_uint8, log_mean_exp, mean_terms, psnr, quantize, to_uint8
 from conftest import count, seeded
 from selfvae import Config, SelfVAE, downscale, gaussian
 
@@ -189,6 +189,19 @@ def test_decoder_is_given_y_upsampled_bilinearly():
     joint, y = inputs_of(p_x.joint), torch.tensor([0.0, 1.0]).repeat(4).expand(1, 1, 8, 8)
     p_x(y, torch.randn(1, 16, 8, 8))
     torch.testing.assert_close(joint[0][0][0, -1, 3, :5], torch.tensor([0.0, 0.25, 0.75, 0.75, 0.25]))
+
+@pytest.mark.parametrize("transform", ["downscale", "grayscale", "posterize", "sketch", "edges"])
+def test_a_decoder_without_output_gives_y_back_where_y_is_a_coarse_x(transform):
+    """Network output 0: the mean of p(x|y, z) is the enlarged y, in every channel; for sketch and edges it is 0, mid-grey."""
+    model, x = make(size=32, transform=transform), noise_images(2, size=32)
+    y, last = model.representations(x)[1], model.p_x[0].joint[-1]
+    with torch.no_grad():
+        last.parametrizations.weight.original0.zero_()
+        last.bias.zero_()
+        mean = dmol_sample(model.p_x[0](y, torch.randn(2, 16, 8, 8)), mean=True)
+    coarse = F.interpolate(y, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    expected = torch.zeros_like(coarse) if transform in ("sketch", "edges") else coarse
+    torch.testing.assert_close(mean, expected, atol=1.01 / 255, rtol=0)
 
 NAMES = {0: ["kl_u", "re_x"], 1: ["kl_u", "re_y_1", "kl_z_1", "re_x"],
          2: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x"],
@@ -414,6 +427,8 @@ def test_generation_is_ancestral():
 def test_temperature_scales_the_noise_of_u_and_z():
     """p(u) = N(0, 1): u has sd T. At T = 0, z_1 is the mean of p(z_1|y_1, u), and two images from one u and y_1 are equal."""
     model = make(prior="normal")
+    with torch.no_grad():
+        model.p_z[0].joint[-1].bias[16:] += 2  # log σ²: an sd of z_1 far from 1
     u, z = inputs_of(model.p_y), inputs_of(model.p_x[0])
     for temperature in (0.0, 0.5, 1.0):
         y = model.decode({}, 4, temperature, mean=True)[0]
@@ -505,10 +520,13 @@ def test_rates_by_hand(monkeypatch):
     assert table["generate"]["psnr"] == table["generate"]["psnr_8bit"] != table["generate"]["psnr_mean"]
 
 def test_bicubic_by_hand():
-    """Far from an edge a ramp stays a ramp: slope 1 level at half the side is 1/2 a level a pixel; overshoots are clipped."""
-    y = from_uint8(torch.arange(100, 116).expand(1, 1, 16, 16))
-    x = to_uint8(selfvae.bicubic(y, torch.empty(1, 1, 32, 32)))[0, 0, 5, 8:24].double()
-    torch.testing.assert_close(x, torch.arange(8, 24).double() / 2 + 99.75, atol=0.5, rtol=0)
+    """Far from an edge a ramp of 4 levels a pixel becomes one of 2; beside a step it overshoots, but not out of range."""
+    y = from_uint8((4 * torch.arange(16) + 100).expand(1, 1, 16, 16))
+    x = to_uint8(selfvae.bicubic(y, torch.empty(1, 1, 32, 32)))[0, 0, 5, 8:24].int()
+    assert torch.equal(x, 2 * torch.arange(8, 24, dtype=torch.int32) + 99)
+    step = from_uint8(torch.tensor([100] * 8 + [150] * 8).expand(1, 1, 16, 16))
+    x = to_uint8(selfvae.bicubic(step, torch.empty(1, 1, 32, 32)))
+    assert x.min() < 100 and x.max() > 150
     step = from_uint8(torch.tensor([0] * 8 + [255] * 8).expand(1, 1, 16, 16))
     assert_images(selfvae.bicubic(step, torch.empty(1, 1, 32, 32)), (1, 1, 32, 32))
 
@@ -520,8 +538,10 @@ def test_interpolation_in_u_or_its_base(base):
     with torch.no_grad():
         for p in model.p_u.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        u = inputs_of(model.p_y)
+        u, p_x = inputs_of(model.p_y), inputs_of(model.p_x[0])
         images = model.interpolate(x[:2], x[2:], 5, base=base)
+        y, z = p_x[0]
+        torch.testing.assert_close(z, gaussian(model.p_z[0](model.p_z[0].from_y(y), u[0][0])).mean)  # no noise in z_1
         assert_images(images.flatten(0, 1), (10, 3, 16, 16))
         ends = gaussian(model.q_u(halved(x))).mean
         path = u[0][0].unflatten(0, (2, 5))
