@@ -203,7 +203,7 @@ class ConditionalDecoder(nn.Module):
     """p(y_{k+1} | y_k, z_k): y_k (B, channels, …) and z_k -> logistic-mixture parameters (B, P, size, size) for y_{k+1}.
 
     NOTE(paper): with `residual`, where y_k is a coarse y_{k+1}, it is the mixture of y_{k+1} less the enlarged y_k. As in the
-    released code, without, the network first spends thousands of steps on learning to copy its input. Same parameters.
+    released code, without, the network must first learn to copy its input. Same parameters.
     """
     def __init__(self, channels, size, c_out, residual, z_width, features, joint_width):
         super().__init__()
