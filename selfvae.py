@@ -648,7 +648,7 @@ def report(folder, state, split, rows, total, data, dims):
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         axes = (figure := Figure(layout="constrained")).subplots()
         for name in ("train", "valid"):
-            axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), label=name)
+            axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), marker=".", label=name)
         axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, 1.5 * bpd))
         axes.legend()
         figure.savefig(folder / "curves.png")
