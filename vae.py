@@ -188,73 +188,111 @@ class MoGPrior(nn.Module):
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
 
-class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, section 3.2): values under the mask pass, the others become (z + t)·exp(s), where
-    Dinh et al. have z·exp(s) + t and the released code what stands here.
+# Copied from realnvp.py: checkerboard
+def checkerboard(side):
+    """Mask (side, side): 1 where row + column is odd (Figure 3, left)."""
+    return (torch.arange(side)[:, None] + torch.arange(side)) % 2
 
-    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s. s is a learned scale times tanh, hence
-    bounded; data_dependent_init sets the last conv to 0, the flow to the identity. z (B, C, H, W) -> same, log |det| (B,).
+# Copied from realnvp.py: channelwise
+def channelwise(channels):
+    """Mask (channels, 1, 1): 1 on the first half of the channels (Figure 3, right)."""
+    return (torch.arange(channels) < channels // 2).long().view(-1, 1, 1)
+
+# Copied from realnvp.py: Coupling
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
+
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
+    again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
     """
-    def __init__(self, channels, mask, growth, steps):
+    def __init__(self, mask, channels, net):
         super().__init__()
-        block = DenseBlock(channels, growth, steps)
-        self.net = nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))
+        self.net = net
         self.scale = nn.Parameter(torch.ones(channels, 1, 1))
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
-        s, t = self.net(z * self.mask).float().chunk(2, 1)
+        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
         s, t = self.s_t(z)
-        return (z + t) * torch.exp(s), s.sum((1, 2, 3))
+        return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
     def inverse(self, z):
         s, t = self.s_t(z)
-        return z * torch.exp(-s) - t
+        return (z - t) * torch.exp(-s)
 
-class RealNVPPrior(NormalPrior):
-    """p(z) = N(f⁻¹(z); 0, 1) |det ∂f⁻¹/∂z|, z = f(v) a RealNVP of two scales (section 2.2). No batch norm: see docs/vae.md.
+# Copied from realnvp.py: Couplings
+class Couplings(nn.ModuleList):
+    """`count` couplings in a row, every other one with the mask inverted, so that no value passes them all (section 3.5).
 
-    3 checkerboard couplings on 16x8x8, 3 channel-wise ones on 64x4x4; then half the channels are done, and 4 checkerboard
-    couplings follow on the other 32x4x4.
+    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
     """
-    def __init__(self, growth, steps):
-        super().__init__()
-        C, side, _ = LATENT
-        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (8, 8): 0 1 0 1 … over 1 0 1 0 …
-        half = (torch.arange(4 * C) // (2 * C)).view(-1, 1, 1)  # (64, 1, 1): 0 on the first half of the channels
-        masks = [(C, board)] * 3 + [(4 * C, half)] * 3 + [(2 * C, board[:4, :4])] * 4
-        self.couplings = nn.ModuleList(Coupling(channels, (mask == i % 2).float(), growth, steps)
-                                       for i, (channels, mask) in enumerate(masks))
+    def __init__(self, mask, count, channels, net):
+        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))
 
     def forward(self, z):
-        """z -> v = f⁻¹(z), both (B, 16, 8, 8), and log |det ∂v/∂z| (B,)."""
         log_det = 0.0
-        for i, coupling in enumerate(self.couplings):
-            if i == 3:
-                z = F.pixel_unshuffle(z, 2)  # 16x8x8 -> 64x4x4
-            if i == 6:
-                z, done = z.chunk(2, 1)
+        for coupling in self:
             z, log_det_i = coupling(z)
             log_det = log_det + log_det_i
-        return F.pixel_shuffle(torch.cat([z, done], 1), 2), log_det
+        return z, log_det
 
-    def from_noise(self, v):
-        """v -> z = f(v), both (B, 16, 8, 8): the same way back."""
-        z, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
-        for i in reversed(range(len(self.couplings))):
-            z = self.couplings[i].inverse(z)
-            if i == 6:
-                z = torch.cat([z, done], 1)
-            if i == 3:
-                z = F.pixel_shuffle(z, 2)
+    def inverse(self, z):
+        for coupling in reversed(self):
+            z = coupling.inverse(z)
         return z
 
+# Copied from realnvp.py: Flow
+class Flow(nn.Module):
+    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, log |det ∂v/∂z| (B,) in nats; inverse(v) -> z.
+
+    A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
+    the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
+    couplings. What is done goes back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    """
+    def __init__(self, channels, side, scales, net):
+        super().__init__()
+        last = scales == 1
+        self.fine = Couplings(checkerboard(side), 4 if last else 3, channels, lambda: net(channels, side))
+        self.squeezed = None if last else Couplings(channelwise(4 * channels), 3, 4 * channels, lambda: net(4 * channels, side // 2))
+        self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
+
+    def forward(self, z):
+        z, log_det = self.fine(z)
+        if self.rest is None:
+            return z, log_det
+        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
+        a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square, (B, C, side/2, side/2)
+        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
+        a, d = rest.chunk(2, 1)
+        v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
+        return v, log_det + log_det_squeezed + log_det_rest
+
+    def inverse(self, v):
+        if self.rest is None:
+            return self.fine.inverse(v)
+        a, b, c, d = F.pixel_unshuffle(v, 2).unflatten(1, (-1, 4)).unbind(2)
+        a, d = self.rest.inverse(torch.cat([a, d], 1)).chunk(2, 1)
+        z = self.squeezed.inverse(torch.stack([a, b, c, d], 2).flatten(1, 2))
+        return self.fine.inverse(F.pixel_shuffle(z, 2))
+
+class RealNVPPrior(NormalPrior):
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP of two scales (section 2.2): z is (16, 8, 8), then half of it, (32, 4, 4)."""
+    def __init__(self, growth, steps):
+        super().__init__()
+        def net(channels, side):
+            block = DenseBlock(channels, growth, steps)
+            return nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))  # s = t = 0 at first: v = z
+        self.flow = Flow(*LATENT[:2], 2, net)
+
     def log_prob(self, z):
-        v, log_det = self(z.float())
+        v, log_det = self.flow(z.float())
         return super().log_prob(v) + log_det
+
+    def from_noise(self, v):
+        return self.flow.inverse(v)
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
@@ -417,7 +455,7 @@ def report(folder, state, split, rows, total, data, dims):
         axes = (figure := Figure(layout="constrained")).subplots()
         for name in ("train", "valid"):
             axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), marker=".", label=name)
-        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, 1.5 * bpd))
+        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
         axes.legend()
         figure.savefig(folder / "curves.png")
     return bpd

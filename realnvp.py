@@ -1,0 +1,608 @@
+"""RealNVP, an invertible network as a density model of images and of points in the plane (Dinh et al. 2016).
+
+    generative model   v ~ N(0, 1), x = f⁻¹(v), with f invertible: coupling layers, whose Jacobian is triangular
+    likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. 3): no encoder, no bound
+    images             have 256 levels, p is a density: log P(x) ≥ E[log p(x + u)], u ~ U[0, 1), a bound after all
+
+    python realnvp.py --dataset moons                points in the plane, a minute; also rings, spirals, checkerboard
+    python realnvp.py --dataset mnist --small        images on a CPU
+    python realnvp.py --dataset cifar10              the paper's size, for a GPU; Table 1 reports 3.49 bits per dimension
+
+arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/realnvp.md. Measured results: docs/results.md.
+
+    B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
+    x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y as x, logits · v as x, the base variable, the paper's z
+"""
+
+import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch.distributions import Normal
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.utils import save_image
+
+from common import (Batches, Images, UserError, bits_per_dim, from_uint8, importance_weighted, load_images, mean_terms,
+                    seconds_to_sample, to_uint8)
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+# Copied from vae.py: flag
+def flag(default, help, **metadata):
+    """A Config field: its default and help; in metadata its `choices`, or `low`, the least value allowed (default 1)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+# Changed from vae.py: no latent and no prior; what the plane needs
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's for CIFAR-10 (section 4.1); where it is silent, those of its released code."""
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, a folder of images; moons, rings, spirals, checkerboard")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    size: int = flag(None, "side of the images in pixels, even (default: the dataset's own)")
+    small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
+    epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(None, "images a step (default 64, points 512)")
+    lr: float = flag(1e-3, "Adam's learning rate", low=0)
+    seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the bound")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    resume: bool = flag(False, "continue the run in that folder")
+    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    save_every: int = flag(1000, "steps between checkpoints")
+    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(0.7, "figures: scale of the noise of a second sheet of samples; the first has 1", low=0)
+
+    def __post_init__(self):
+        plane = self.dataset in POINTS
+        self.epochs, self.batch_size = self.epochs or (20 if plane else 1000), self.batch_size or (512 if plane else 64)
+
+    @property
+    def variant(self):
+        return "small" if self.small else "full"
+
+# ---- Building blocks: couplings and their networks ----------------------------------------------------------------------
+# Changed from vae.py: no strides, and a fixed start
+def conv(c_in, c_out, kernel=3, gain=1.0):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width.
+
+    g starts at gain·√2: behind a ReLU that makes outputs as large as its inputs, times `gain` (He et al. 2015).
+    """
+    layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
+    nn.init.constant_(layer.parametrizations.weight.original0, gain * 2**0.5)
+    return layer
+
+def zeroed(layer):
+    """The layer with weights and biases 0. No weight norm: g would leave 0 by the learning rate a step, all its v·h times slower."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+class ResNet(nn.Module):
+    """s and t of a coupling (section 4.1): residual blocks, ReLU first, and a skip connection from each to the output.
+
+    (B, C, H, W) -> (B, 2C, H, W), 0 at first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
+    """
+    def __init__(self, channels, hidden, blocks):
+        super().__init__()
+        self.enter = conv(channels, hidden)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), conv(hidden, hidden), nn.ReLU(), conv(hidden, hidden, gain=blocks**-0.5))
+                                    for _ in range(blocks))  # the gains keep sums over blocks from growing with their number
+        self.skips = nn.ModuleList(conv(hidden, hidden, 1, gain=(blocks + 1)**-0.5) for _ in range(blocks + 1))
+        self.leave = zeroed(nn.Conv2d(hidden, 2 * channels, 1))
+
+    def forward(self, z):
+        h = self.enter(z)
+        skipped = self.skips[0](h)
+        for block, skip in zip(self.blocks, self.skips[1:]):
+            h = h + block(h)
+            skipped = skipped + skip(h)
+        return self.leave(F.relu(skipped))
+
+def mlp(hidden=64):
+    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                         zeroed(nn.Linear(hidden, 4)), nn.Unflatten(1, (4, 1, 1)))
+
+def checkerboard(side):
+    """Mask (side, side): 1 where row + column is odd (Figure 3, left)."""
+    return (torch.arange(side)[:, None] + torch.arange(side)) % 2
+
+def channelwise(channels):
+    """Mask (channels, 1, 1): 1 on the first half of the channels (Figure 3, right)."""
+    return (torch.arange(channels) < channels // 2).long().view(-1, 1, 1)
+
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
+
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
+    again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
+    """
+    def __init__(self, mask, channels, net):
+        super().__init__()
+        self.net = net
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask.float(), persistent=False)
+
+    def s_t(self, z):
+        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
+        return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
+
+    def forward(self, z):
+        s, t = self.s_t(z)
+        return z * torch.exp(s) + t, s.sum((1, 2, 3))
+
+    def inverse(self, z):
+        s, t = self.s_t(z)
+        return (z - t) * torch.exp(-s)
+
+class Couplings(nn.ModuleList):
+    """`count` couplings in a row, every other one with the mask inverted, so that no value passes them all (section 3.5).
+
+    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
+    """
+    def __init__(self, mask, count, channels, net):
+        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))
+
+    def forward(self, z):
+        log_det = 0.0
+        for coupling in self:
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return z, log_det
+
+    def inverse(self, z):
+        for coupling in reversed(self):
+            z = coupling.inverse(z)
+        return z
+
+class Flow(nn.Module):
+    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, log |det ∂v/∂z| (B,) in nats; inverse(v) -> z.
+
+    A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
+    the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
+    couplings. What is done goes back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    """
+    def __init__(self, channels, side, scales, net):
+        super().__init__()
+        last = scales == 1
+        self.fine = Couplings(checkerboard(side), 4 if last else 3, channels, lambda: net(channels, side))
+        self.squeezed = None if last else Couplings(channelwise(4 * channels), 3, 4 * channels, lambda: net(4 * channels, side // 2))
+        self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
+
+    def forward(self, z):
+        z, log_det = self.fine(z)
+        if self.rest is None:
+            return z, log_det
+        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
+        a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square, (B, C, side/2, side/2)
+        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
+        a, d = rest.chunk(2, 1)
+        v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
+        return v, log_det + log_det_squeezed + log_det_rest
+
+    def inverse(self, v):
+        if self.rest is None:
+            return self.fine.inverse(v)
+        a, b, c, d = F.pixel_unshuffle(v, 2).unflatten(1, (-1, 4)).unbind(2)
+        a, d = self.rest.inverse(torch.cat([a, d], 1)).chunk(2, 1)
+        z = self.squeezed.inverse(torch.stack([a, b, c, d], 2).flatten(1, 2))
+        return self.fine.inverse(F.pixel_shuffle(z, 2))
+
+# ---- The plane ---------------------------------------------------------------------------------------------------------
+POINTS = ("moons", "rings", "spirals", "checkerboard")
+
+def draw_points(name, count, seed):
+    """`count` points of one of POINTS, most of them in [-1, 1]² -> float (count, 2). `checkerboard` has entropy log 2 nats."""
+    rng = np.random.default_rng(seed)
+    share, arm, noise = rng.random(count), rng.choice([-1, 1], count), rng.standard_normal((2, count))
+    angle = np.pi * share
+    if name == "moons":  # two half circles, each with its end inside the other
+        points = 0.6 * arm * [np.cos(angle) - 0.5, np.sin(angle) - 0.25] + 0.05 * noise
+    elif name == "rings":  # two, of equal shares
+        points = rng.choice([0.35, 0.85], count) * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
+    elif name == "spirals":  # two arms of one turn, evenly filled
+        angle = 2 * np.pi * np.sqrt(share)
+        points = 0.9 * arm * np.sqrt(share) * [np.cos(angle), np.sin(angle)] + 0.04 * noise
+    else:  # 8 of 16 squares
+        row, column = rng.integers(0, 4, count), rng.integers(0, 2, count)
+        points = np.stack([2 * column + row % 2 + share, row + rng.random(count)]) / 2 - 1
+    return points.T
+
+def load_points(name):
+    """The set `name` as Images of one pixel with two channels, float (N, 1, 1, 2); stored as levels, which `Batches` maps back."""
+    train, valid, test = (np.float32(127.5 * (draw_points(name, count, seed) + 1)).reshape(-1, 1, 1, 2)
+                          for seed, count in enumerate((102_400, 10_000, 10_000)))
+    return Images(name, 1, train, valid, test, labels=None, augment=False)
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+ALPHA = 0.05  # keeps the logit of black and white finite
+WIDTHS = {"32": (8, 64), "64": (2, 32), "small": (1, 32)}  # residual blocks in s and t; their features, doubled as the side halves
+
+def scales_for(size):
+    """Scales of a flow on images of `size` pixels: 2 up to 32 ("downscale only once"), beyond, down to a side of 4. Or UserError."""
+    scales = 2 if size <= 32 else int(math.log2(size / 4)) + 1
+    if size % 2**(scales - 1):
+        raise UserError(f"size {size} does not halve {scales - 1} times: take 8, 16, 32, 64, 128 …")
+    return scales
+
+class RealNVP(nn.Module):
+    """p(x) for images of shape (C, H, W), H = W as `scales_for` demands (else UserError); or for points, shape (2, 1, 1)."""
+    def __init__(self, cfg, image_shape):
+        super().__init__()
+        self.shape = image_shape
+        channels, size, _ = image_shape
+        self.plane = size == 1
+        if self.plane:
+            self.flow = Couplings(channelwise(2), 8, 2, mlp)
+        else:
+            blocks, hidden = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
+            self.flow = Flow(channels, size, scales_for(size), lambda channels, side: ResNet(channels, hidden * size // side, blocks))
+
+    def preprocess(self, x):
+        """Dequantize, then take logits (section 4.1): y = logit(α + (1 - 2α)(x + u)/256), x as levels 0 … 255, u ~ U[0, 1).
+
+        x (B, C, H, W) -> y, same shape, and log |det ∂y/∂(x + u)|, (B,) in nats. Points stay what they are.
+        """
+        if self.plane:
+            return x, x.new_zeros(len(x))
+        # NOTE(paper): section 4.1 has α + (1 - α)·, whose logit is infinite at white. The released code has what stands here.
+        p = ALPHA + (1 - 2 * ALPHA) * (to_uint8(x) + torch.rand_like(x)) / 256
+        return torch.logit(p), (math.log((1 - 2 * ALPHA) / 256) - p.log() - (1 - p).log()).sum((1, 2, 3))
+
+    def postprocess(self, y):
+        """The inverse: logits y -> x + u, in levels (below 0 or above 256 for a y that no image has). Points stay what they are."""
+        return y if self.plane else 256 * (torch.sigmoid(y) - ALPHA) / (1 - 2 * ALPHA)
+
+    def forward(self, x):
+        """x -> v = f(x), same shape, and log |det ∂v/∂(x + u)|, (B,) in nats. For images u is drawn anew each time."""
+        y, log_det_logit = self.preprocess(x)
+        v, log_det = self.flow(y)
+        return v, log_det + log_det_logit
+
+    def inverse(self, v):
+        """v -> x = f⁻¹(v), same shape, for images on the 256-level grid."""
+        x = self.postprocess(self.flow.inverse(v))
+        return x if self.plane else from_uint8(x.floor().clamp(0, 255))
+
+    def terms(self, x):
+        """-log p(x) = base + volume, (B,) in nats (Eq. 3): {"base": -log N(v; 0, 1), "volume": -log |det ∂v/∂x|}.
+
+        Exact for points. For images a one-sample estimate of E[-log p(x + u)] ≥ -log P(x), the bound that is trained.
+        """
+        v, log_det = self(x)
+        return {"base": -Normal(0.0, 1.0, validate_args=False).log_prob(v).sum((1, 2, 3)), "volume": -log_det}
+
+    def log_prob(self, x):
+        """log p(x) of points, of images a one-sample estimate of its lower bound: (B, C, H, W) -> (B,) in nats."""
+        return -sum(self.terms(x).values())
+
+    @torch.no_grad()
+    def log_weights(self, x, samples):
+        """log w_s = log p(x + u_s) - log q(u_s|x), where q is uniform on [0, 1)ᴰ, log q = 0: (B, C, H, W) -> (samples, B) in nats."""
+        return torch.stack([self.log_prob(x) for _ in range(samples)])
+
+    @torch.no_grad()
+    def sample(self, n, temperature=1.0):
+        """v ~ N(0, temperature²), x = f⁻¹(v) -> (n, C, H, W), on the 256-level grid."""
+        return self.inverse(temperature * torch.randn(n, *self.shape, device=next(self.parameters()).device))
+
+    @torch.no_grad()
+    def interpolate(self, x1, x2, steps=8):
+        """f⁻¹ of the arc cos φ·v1 + sin φ·v2, 0 ≤ φ ≤ π/2 (Eq. 19): (B, C, H, W) -> (B, steps, C, H, W).
+
+        If v1 and v2 are draws of N(0, 1), so is every point of the arc; halfway on a straight line sd would be 1/√2.
+        """
+        v1, v2 = self(x1)[0], self(x2)[0]
+        angles = torch.linspace(0, math.pi / 2, steps).tolist()
+        return torch.stack([self.inverse(math.cos(angle) * v1 + math.sin(angle) * v2) for angle in angles], 1)
+
+    @torch.no_grad()
+    def inverse_error(self, x):
+        """|f⁻¹(f(x)) - x|, 0 but for rounding: (B, C, H, W) -> same, in levels of 256; for points in units of the plane."""
+        y, _ = self.preprocess(x)
+        return (self.postprocess(self.flow.inverse(self.flow(y)[0])) - self.postprocess(y)).abs()
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+# Changed from vae.py: Adam at a constant rate, clipped; nothing to initialise
+def train(cfg, model, images, folder, checkpoint):
+    """Minimise -log p(x), in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
+    valid = Batches(images.valid, cfg.batch_size, cfg.device)
+    total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
+    # "An L2 regularization on the weight scale parameters with coefficient 5e-5", gradient 2·5e-5: g of weight norm, tanh's scale
+    scales = {name: p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))}
+    others = [p for name, p in model.named_parameters() if name not in scales]
+    optimizer = torch.optim.Adam([{"params": [*scales.values()], "weight_decay": 1e-4}, {"params": others}], lr=cfg.lr)
+    state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
+    terms_of = torch.compile(model.terms) if cfg.compile else model.terms
+    with stop_requests() as stop:
+        for step in range(state["step"] + 1, total + 1):
+            with autocast(cfg):
+                terms = terms_of(data.batch(step - 1))
+            loss = sum(terms.values()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 100)
+            optimizer.step()
+            rows.append({name: values.detach().mean() for name, values in terms.items()})
+            state["step"] = step
+            stopping = bool(stop)  # read once: a later request ends the next step
+            log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
+                report(folder, state, "train", rows, total, data, dims)
+                rows = []
+            if validate:
+                with inference(cfg):
+                    bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
+                    draw(cfg, model, images.valid, folder, f"{step:06d}")
+                if bpd < state["best"]:
+                    state["best"] = bpd
+                    save(folder / "best.pt", cfg, model, optimizer, state)
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
+            if keep or stopping:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+            if stopping:
+                return step == total
+    return True
+
+# Copied from vae.py: stop_requests
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked = []
+    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# Copied from vae.py: autocast
+def autocast(cfg):
+    """The networks' precision, --dtype."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+# Copied from vae.py: inference
+@contextlib.contextmanager
+def inference(cfg):
+    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
+    device = torch.device(cfg.device)
+    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with torch.no_grad(), autocast(cfg), fork:
+        torch.manual_seed(cfg.seed)
+        yield
+
+# Copied from vae.py: report
+def report(folder, state, split, rows, total, data, dims):
+    """Average rows [{term: nats per image}] for the console, log.jsonl and curves.png. Returns bits per dimension.
+
+    Raises FloatingPointError, naming step and terms, where a row is not finite.
+    """
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    for step, row in enumerate(values, state["step"] - len(rows) + 1):
+        if not all(map(math.isfinite, row)):
+            raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
+    terms = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
+    bpd, step, before = bits_per_dim(sum(terms.values()), dims), state["step"], state["seconds"]
+    state["seconds"] = time.perf_counter() - state["start"]
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "split": split, "bpd": bpd, **terms, "seconds": state["seconds"]}) + "\n")
+    parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
+    rate = len(rows) * data.batch_size / (state["seconds"] - before)
+    spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
+    screen = sys.stdout.isatty()  # there, a train line overwrites the one before
+    print("\r\033[K" * screen + f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} bpd {bpd:.4f} = {parts}"
+          + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
+          end="" if screen and split == "train" and step < total else "\n", flush=True)
+    if split == "valid":
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for name in ("train", "valid"):
+            axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), marker=".", label=name)
+        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
+        axes.legend()
+        figure.savefig(folder / "curves.png")
+    return bpd
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+# Changed from vae.py: temperatures, arcs in v, errors of the inverse; the plane
+def draw(cfg, model, images, folder, name):
+    """The figures `name`: samples/, 64 draws at temperature 1, 64 at --temperature; interpolations/, one a row; reconstructions/,
+    rows x, |f⁻¹(f(x)) - x|, x, …, white where that is largest. For points: samples/ is `draw_plane`."""
+    if model.plane:
+        return draw_plane(model, images, folder / "samples" / f"{name}.png")
+    for temperature in {1.0, cfg.temperature}:
+        suffix = f"-temperature{temperature:g}" * (temperature != 1) + ".png"
+        save_grid(folder / "samples" / (name + suffix), model.sample(64, temperature))
+    x = next(iter(Batches(images[:32], 32, cfg.device)))
+    error = model.inverse_error(x)
+    save_grid(folder / "reconstructions" / f"{name}.png", x, 2 * error / error.max() - 1)
+    save_grid(folder / "interpolations" / f"{name}.png", model.interpolate(x[:8], x[:8].roll(1, 0)).flatten(0, 1))
+
+def density(model, side, cells):
+    """p(x) at the centres of the cells x cells squares of [-side, side]² -> (cells, cells), the second coordinate along rows."""
+    axis = side * (2 * torch.arange(cells, device=next(model.parameters()).device) + 1 - cells) / cells
+    return model.log_prob(torch.cartesian_prod(axis, axis).view(-1, 2, 1, 1)).exp().view(cells, cells)
+
+def draw_plane(model, points, path):
+    """Twelve panels: data; p(x); v ~ N(0, 1) and a square grid, then both through f⁻¹, coupling by coupling; and the data through f."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    data, learned, *layers, back = figure.subplots(3, 4).flat
+    x = next(iter(Batches(points[:3000], 3000, next(model.parameters()).device)))
+    line = torch.linspace(-3, 3, 193, device=x.device)
+    upright = torch.cartesian_prod(line[::8], line)  # 25 lines of 193 points; mirrored, 25 level ones
+    grid, v = torch.cat([upright, upright.flip(1)]).view(-1, 2, 1, 1), torch.randn_like(x)
+    hues = colormaps["hsv"](torch.atan2(v[:, 1], v[:, 0]).flatten().cpu().numpy() / (2 * math.pi) + 0.5)
+
+    def panel(axes, title, points, side, colours="black", lines=()):
+        axes.add_collection(LineCollection(lines, colors="0.8", linewidths=0.4))
+        axes.scatter(*points.flatten(1).T.cpu().numpy(), s=1, c=colours, linewidths=0)
+        axes.set(title=title, xlim=(-side, side), ylim=(-side, side), aspect="equal", xticks=[], yticks=[])
+
+    panel(data, "data", x, 1.25)
+    learned.imshow(density(model, 1.25, 250).T.cpu().numpy(), origin="lower", cmap="magma")
+    learned.set(title="learned density p(x)", xticks=[], yticks=[])
+    panel(layers[0], "v ~ N(0, 1)", v, 3.2, hues, grid.view(50, 193, 2).cpu().numpy())
+    for i, axes in enumerate(layers[1:], 1):
+        grid, v = model.flow[-i].inverse(grid), model.flow[-i].inverse(v)
+        title, side = (f"{i} of 8 couplings", 1.1 * v.abs().flatten(1).quantile(0.99).item()) if i < 8 else ("x = f⁻¹(v)", 1.25)
+        panel(axes, title, v, side, hues, grid.view(50, 193, 2).cpu().numpy())
+    panel(back, "f(data)", model(x)[0], 3.2)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=72)
+
+# Copied from vae.py: save_grid
+def save_grid(path, *images):
+    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
+    path.parent.mkdir(exist_ok=True)
+    columns = min(8, len(images[0]))
+    whole = len(images[0]) // columns * columns
+    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)  # (rows, sets, columns, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
+
+# Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
+def evaluate(cfg, model, images, folder, state):
+    """Bits per dimension, or nats a point, printed and in results.json, and the figures test.png: of this checkpoint, on the test set."""
+    dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
+    count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
+    with inference(cfg):
+        test = Batches(images.test, cfg.batch_size, cfg.device)
+        terms = mean_terms(model, test)
+        if model.plane:
+            results = {"nll_nats": sum(terms.values()), "integral": density(model, 2, 1000).sum().item() * (2 * 2 / 1000)**2}
+        else:
+            some = Batches(images.test[:count], cfg.batch_size, cfg.device)
+            results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **importance_weighted(model, some, samples, dims)}
+        results |= {
+            **terms, "inverse_error": model.inverse_error(next(iter(test))).max().item(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
+            "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
+        draw(cfg, model, images.test, folder, "test")
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    for name, value in results.items():
+        print(f"{name:14} {value:,.6g}" if isinstance(value, float) else f"{name:14} {value}")
+
+# Changed from vae.py: points, and other sizes
+def main(Model, argv=None):
+    """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
+    cfg = parse_flags(argv)
+    try:
+        scales_for(cfg.size or 8)  # before anything is made at that size
+        folder, checkpoint = open_run(cfg)
+        images = load_points(cfg.dataset) if cfg.dataset in POINTS else load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        torch.manual_seed(cfg.seed)
+        model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if not cfg.eval:
+            start_run(cfg, folder, model, images)
+            if not train(cfg, model, images, folder, checkpoint):
+                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
+                return 130
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
+        model.load_state_dict(checkpoint["model"])
+        evaluate(cfg, model, images, folder, checkpoint["state"])
+        print(f"written to {folder}")
+        return 0
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+
+# --- same in every script ---------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
+           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+
+def parse_flags(argv=None):
+    """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(Config):
+        value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
+        if f.type in (int, float) and value is not None and not low <= value < math.inf:
+            parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+    return cfg
+
+def open_run(cfg):
+    """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
+    folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
+    if not (cfg.resume or cfg.eval):
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
+        return folder, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = {"script": checkpoint["script"], **checkpoint["config"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} to go on from") from None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
+        if name not in FREE and made_with.get(name) != value:
+            raise UserError(f"{path} is of another run: its {name} is {made_with.get(name)}, not {value}")
+    return folder, checkpoint
+
+def start_run(cfg, folder, model, images):
+    """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+        (folder / "log.jsonl").write_text("")
+    print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
+    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+
+def save(path, cfg, model, optimizer, state):
+    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
+    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
+    if device.type != "cpu":
+        rng.append(torch.get_device_module(device).get_rng_state(device))
+    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+def restore(cfg, folder, checkpoint, model, optimizer):
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
+    if checkpoint is None:
+        return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"][0])
+    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
+    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
+        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
+    return state | {"start": time.perf_counter() - state["seconds"]}
+
+if __name__ == "__main__":
+    sys.exit(main(RealNVP))
