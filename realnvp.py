@@ -67,7 +67,12 @@ class Config:
 
     def __post_init__(self):
         plane = self.dataset in POINTS
-        self.epochs, self.batch_size = self.epochs or (20 if plane else 1000), self.batch_size or (512 if plane else 64)
+        if self.epochs is None:
+            self.epochs = 20 if plane else 1000
+        if self.batch_size is None:
+            self.batch_size = 512 if plane else 64
+        if plane and self.dtype == "auto":
+            self.dtype = "fp32"  # on every device: the density is to integrate to one
 
     @property
     def variant(self):
@@ -115,14 +120,6 @@ def mlp(hidden=64):
     """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
     return nn.Sequential(nn.Flatten(), nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
                          zeroed(nn.Linear(hidden, 4)), nn.Unflatten(1, (4, 1, 1)))
-
-def checkerboard(side):
-    """Mask (side, side): 1 where row + column is odd (Figure 3, left)."""
-    return (torch.arange(side)[:, None] + torch.arange(side)) % 2
-
-def channelwise(channels):
-    """Mask (channels, 1, 1): 1 on the first half of the channels (Figure 3, right)."""
-    return (torch.arange(channels) < channels // 2).long().view(-1, 1, 1)
 
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
@@ -178,8 +175,10 @@ class Flow(nn.Module):
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
-        self.fine = Couplings(checkerboard(side), 4 if last else 3, channels, lambda: net(channels, side))
-        self.squeezed = None if last else Couplings(channelwise(4 * channels), 3, 4 * channels, lambda: net(4 * channels, side // 2))
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (Figure 3, left)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (Figure 3, right)
+        self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
+        self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
 
     def forward(self, z):
@@ -229,27 +228,32 @@ def load_points(name):
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 ALPHA = 0.05  # keeps the logit of black and white finite
+# Changed from vae.py: residual networks
 WIDTHS = {"32": (8, 64), "64": (2, 32), "small": (1, 32)}  # residual blocks in s and t; their features, doubled as the side halves
 
-def scales_for(size):
-    """Scales of a flow on images of `size` pixels: 2 up to 32 ("downscale only once"), beyond, down to a side of 4. Or UserError."""
-    scales = 2 if size <= 32 else int(math.log2(size / 4)) + 1
+def scales_for(size, small):
+    """Scales of a flow on images of `size` pixels: 2 up to 32 ("downscale only once") and if small, else down to a side of 4.
+
+    Raises UserError for a size that cannot be halved so often.
+    """
+    scales = 2 if small or size <= 32 else int(math.log2(size / 4)) + 1
     if size % 2**(scales - 1):
-        raise UserError(f"size {size} does not halve {scales - 1} times: take 8, 16, 32, 64, 128 …")
+        raise UserError(f"size {size} is no multiple of {2**(scales - 1)}, and the flow halves it {scales - 1} times; take 16, 32, 64 …")
     return scales
 
 class RealNVP(nn.Module):
-    """p(x) for images of shape (C, H, W), H = W as `scales_for` demands (else UserError); or for points, shape (2, 1, 1)."""
+    """p(x) for images of shape (C, H, W), H = W as `scales_for` allows; or for points, shape (2, 1, 1)."""
     def __init__(self, cfg, image_shape):
         super().__init__()
         self.shape = image_shape
         channels, size, _ = image_shape
         self.plane = size == 1
         if self.plane:
-            self.flow = Couplings(channelwise(2), 8, 2, mlp)
+            self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, mlp)  # x₁ moves x₂, x₂ moves x₁, …
         else:
             blocks, hidden = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
-            self.flow = Flow(channels, size, scales_for(size), lambda channels, side: ResNet(channels, hidden * size // side, blocks))
+            net = lambda channels, side: ResNet(channels, hidden * size // side, blocks)
+            self.flow = Flow(channels, size, scales_for(size, cfg.small), net)
 
     def preprocess(self, x):
         """Dequantize, then take logits (section 4.1): y = logit(α + (1 - 2α)(x + u)/256), x as levels 0 … 255, u ~ U[0, 1).
@@ -425,7 +429,7 @@ def draw(cfg, model, images, folder, name):
     rows x, |f⁻¹(f(x)) - x|, x, …, white where that is largest. For points: samples/ is `draw_plane`."""
     if model.plane:
         return draw_plane(model, images, folder / "samples" / f"{name}.png")
-    for temperature in {1.0, cfg.temperature}:
+    for temperature in dict.fromkeys((1.0, cfg.temperature)):
         suffix = f"-temperature{temperature:g}" * (temperature != 1) + ".png"
         save_grid(folder / "samples" / (name + suffix), model.sample(64, temperature))
     x = next(iter(Batches(images[:32], 32, cfg.device)))
@@ -459,8 +463,8 @@ def draw_plane(model, points, path):
     panel(layers[0], "v ~ N(0, 1)", v, 3.2, hues, grid.view(50, 193, 2).cpu().numpy())
     for i, axes in enumerate(layers[1:], 1):
         grid, v = model.flow[-i].inverse(grid), model.flow[-i].inverse(v)
-        title, side = (f"{i} of 8 couplings", 1.1 * v.abs().flatten(1).quantile(0.99).item()) if i < 8 else ("x = f⁻¹(v)", 1.25)
-        panel(axes, title, v, side, hues, grid.view(50, 193, 2).cpu().numpy())
+        side = 1.1 * v.abs().flatten(1).quantile(0.99).item()
+        panel(axes, f"{i} of 8 couplings" if i < 8 else "x = f⁻¹(v)", v, side, hues, grid.view(50, 193, 2).cpu().numpy())
     panel(back, "f(data)", model(x)[0], 3.2)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=72)
@@ -502,7 +506,7 @@ def main(Model, argv=None):
     """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
     cfg = parse_flags(argv)
     try:
-        scales_for(cfg.size or 8)  # before anything is made at that size
+        scales_for(cfg.size or 8, cfg.small)  # before anything is made at that size
         folder, checkpoint = open_run(cfg)
         images = load_points(cfg.dataset) if cfg.dataset in POINTS else load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)

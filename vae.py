@@ -188,16 +188,6 @@ class MoGPrior(nn.Module):
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
 
-# Copied from realnvp.py: checkerboard
-def checkerboard(side):
-    """Mask (side, side): 1 where row + column is odd (Figure 3, left)."""
-    return (torch.arange(side)[:, None] + torch.arange(side)) % 2
-
-# Copied from realnvp.py: channelwise
-def channelwise(channels):
-    """Mask (channels, 1, 1): 1 on the first half of the channels (Figure 3, right)."""
-    return (torch.arange(channels) < channels // 2).long().view(-1, 1, 1)
-
 # Copied from realnvp.py: Coupling
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
@@ -255,8 +245,10 @@ class Flow(nn.Module):
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
-        self.fine = Couplings(checkerboard(side), 4 if last else 3, channels, lambda: net(channels, side))
-        self.squeezed = None if last else Couplings(channelwise(4 * channels), 3, 4 * channels, lambda: net(4 * channels, side // 2))
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (Figure 3, left)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (Figure 3, right)
+        self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
+        self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
 
     def forward(self, z):

@@ -1,7 +1,7 @@
 """Images/s and peak memory of one training step at the paper's size. Not collected by pytest.
 
     python tests/benchmark.py              every line of the table, each in a process of its own
-    python tests/benchmark.py vae 32 0 fp32        one: script, side of the images, levels, precision
+    python tests/benchmark.py vae 32 0 fp32        one: script, side of the images, levels, precision; realnvp at batch 64
 """
 
 import resource
@@ -11,24 +11,26 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = [("vae", 32, 0), ("selfvae", 32, 1), ("selfvae", 64, 2)]
+CASES = [("vae", 32, 0), ("selfvae", 32, 1), ("selfvae", 64, 2), ("realnvp", 32, 0)]
 
 
-def measure(script, size, levels, dtype, batch_size=32, steps=3):
+def measure(script, size, levels, dtype, steps=3):
     """Print images/s, the mean over `steps` after one to warm up, and the process's peak resident memory in GB."""
     sys.path.insert(0, str(ROOT))
     import torch
 
+    import realnvp
     import selfvae
     import vae
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = vae.Config() if script == "vae" else selfvae.Config(levels=levels)
-    model = (vae.VAE if script == "vae" else selfvae.SelfVAE)(config, (3, size, size))
-    model = model.to(device, memory_format=torch.channels_last)
+    Model, config = {"vae": (vae.VAE, vae.Config()), "selfvae": (selfvae.SelfVAE, selfvae.Config(levels=levels)),
+                     "realnvp": (realnvp.RealNVP, realnvp.Config())}[script]
+    model, batch_size = Model(config, (3, size, size)).to(device, memory_format=torch.channels_last), config.batch_size
     x = (torch.randint(256, (batch_size, 3, size, size), device=device) / 127.5 - 1).to(memory_format=torch.channels_last)
-    model.initialize(x[:2])
-    optimizer = torch.optim.Adamax(model.parameters())
+    if script != "realnvp":
+        model.initialize(x[:2])
+    optimizer = (torch.optim.Adam if script == "realnvp" else torch.optim.Adamax)(model.parameters())
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
@@ -46,7 +48,7 @@ def measure(script, size, levels, dtype, batch_size=32, steps=3):
     rate = steps * batch_size / (time.perf_counter() - start)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB -> GiB on Linux
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else host
-    name = script if script == "vae" else f"{script} K={levels}"
+    name = f"{script} K={levels}" if levels else script
     print(f"| {name} {size}x{size} | {dtype} | {rate:.1f} | {peak:.2f} |", flush=True)
 
 

@@ -23,6 +23,7 @@ COMBOS = [("vae", dict(prior="normal", dataset="mnist")), ("vae", dict(prior="mo
           ("selfvae", dict(levels=0, prior="normal")), ("selfvae", dict(levels=1)),
           ("selfvae", dict(levels=2, prior="normal", size=32)), ("selfvae", dict(transform="sketch", prior="normal"))]
 COMBOS += [(script, {}) for script in SCRIPTS if script not in ("vae", "selfvae")]
+COMBOS += [("realnvp", dict(dataset="mnist")), ("realnvp", dict(dataset="moons"))]
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
 
@@ -124,7 +125,7 @@ def folder_images(finished):
 def test_grids_show_true_pixels(finished):
     """8 images a row with 2 pixels between them; the first row of reconstructions/test.png is the test images, unchanged."""
     script, folder, _, _ = finished
-    if script not in BOUNDS:
+    if not (folder / "reconstructions").exists():  # points of the plane
         return
     images = folder_images(finished)[:8]
     size = images.shape[1]
@@ -134,6 +135,26 @@ def test_grids_show_true_pixels(finished):
     for i, image in enumerate(images):  # `grid` is the reconstructions now
         left = 2 + i * (size + 2)
         assert np.array_equal(grid[2:2 + size, left:left + size], np.broadcast_to(image, (size, size, 3)))
+
+
+def test_realnvp_results_and_figures(finished):
+    """Bounds for images, with two sheets of samples; nats and an integral for points, with one picture."""
+    script, folder, _, _ = finished
+    if script != "realnvp":
+        return
+    results = json.loads((folder / "results.json").read_text())
+    nats = results["base"] + results["volume"]
+    assert results.keys() >= {"inverse_error", "parameters", "seconds_1", "seconds_100", "train_seconds"} and results["inverse_error"] < 0.1
+    figures = {str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/test*.png")}
+    if json.loads((folder / "config.json").read_text())["dataset"] == "moons":
+        assert results["nll_nats"] == pytest.approx(nats) and "elbo_bpd" not in results
+        assert 0.8 < results["integral"] < 1  # three steps from N(0, 1), which has 0.911 in [-2, 2]²
+        assert figures == {"samples/test"}
+    else:
+        dims = math.prod(folder_images(finished).shape[1:])
+        assert results["elbo_bpd"] == pytest.approx(nats / (dims * math.log(2)), rel=1e-6)
+        assert results["iw_bpd"] <= results["iw_elbo_bpd"] + 1e-6 and (results["iw_samples"], results["iw_images"]) == (2, 4)
+        assert figures == {"samples/test", "samples/test-temperature0.7", "interpolations/test", "reconstructions/test"}
 
 
 FIGURES = {("downscale", 0): set(), ("downscale", 1): {"superresolution", "variations"},
@@ -238,7 +259,7 @@ def test_same_seed_same_run(script, run, tmp_path):
 def test_bf16(script, run, tmp_path):
     assert run(script, name="bf16", dtype="bf16", steps=2, **cheap(script)) == 0
     assert run(script, name="fp32", dtype="fp32", steps=2, **cheap(script)) == 0
-    bf16, fp32 = (records(tmp_path / "runs" / name)[0]["bpd"] for name in ("bf16", "fp32"))
+    bf16, fp32 = (records(tmp_path / "runs" / name)[-1]["bpd"] for name in ("bf16", "fp32"))  # at step 1 a flow is the identity
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.02)
     weights = load(tmp_path / "runs" / "bf16" / "last.pt")["model"].values()
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
@@ -299,12 +320,12 @@ def broken(script, step, name="re_x"):
     return Broken
 
 
-@pytest.mark.parametrize("script, every", [("vae", 1), ("vae", 2), ("selfvae", 1)])
-def test_not_finite(script, every, run, tmp_path, capsys):
+@pytest.mark.parametrize("script, every, term", [("vae", 1, "re_x"), ("vae", 2, "re_x"), ("selfvae", 1, "re_x"), ("realnvp", 1, "volume")])
+def test_not_finite(script, every, term, run, tmp_path, capsys):
     """Noticed at the step, or, with fewer reports, at the next one; it is the same step that is named."""
-    assert run(script, broken(script, 3), name="nan", steps=8, log_every=every, save_every=every, **cheap(script)) == 1
+    assert run(script, broken(script, 3, term), name="nan", steps=8, log_every=every, save_every=every, **cheap(script)) == 1
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and re.search(r"\bstep 3\b", told[0]) and re.search(r"re_x\W+nan", told[0])
+    assert len(told) == 1 and re.search(r"\bstep 3\b", told[0]) and re.search(rf"{term}\W+nan", told[0])
     last = load(tmp_path / "runs" / "nan" / "last.pt")
     assert last["state"]["step"] == 2
     assert all(tensor.isfinite().all() for tensor in last["model"].values())
@@ -371,6 +392,12 @@ def test_wrong_flag(refused, script, told, flags):
 def test_size_that_does_not_halve_to_8(refused, script, pictures):
     if script in BOUNDS:
         refused(script, "20", dataset=pictures, size=20)
+
+
+def test_size_that_the_flow_does_not_halve(refused, pictures):
+    refused("realnvp", "size 17 is no multiple of 2", dataset=pictures, size=17)
+    line = ["--dataset", str(pictures), "--size", "36"]  # without --small, beyond 32, it halves three times
+    assert call("realnvp", line) == 2
 
 
 def test_more_levels_than_halvings(refused):

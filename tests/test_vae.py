@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 import vae
 from common import UserError, dmol_sample, from_uint8, log_mean_exp, quantize
 from conftest import count, seeded
-from vae import VAE, Config, Coupling, Decoder, Encoder, MoGPrior, NormalPrior, RealNVPPrior, gaussian
+from vae import VAE, Config, Decoder, Encoder, MoGPrior, NormalPrior, RealNVPPrior, gaussian
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
@@ -129,7 +129,7 @@ def test_initialisation_lives_in_the_state_dict():
 def test_initialised_flow_is_the_identity():
     """s = t = 0, so v = z, log |det| = 0 and log p(z) is the standard normal's."""
     flow, z = make().p_z, torch.randn(3, 16, 8, 8)
-    v, log_det = flow(z)
+    v, log_det = flow.flow(z)
     torch.testing.assert_close(v, z)
     torch.testing.assert_close(log_det, torch.zeros(3))
     torch.testing.assert_close(flow.log_prob(z), NormalPrior().log_prob(z))
@@ -169,49 +169,37 @@ def test_mog_prior_draws_both_components():
     torch.testing.assert_close(per_image_mean, torch.where(first, 2.0, -1.0), atol=0.25, rtol=0)
     torch.testing.assert_close(per_image_sd, torch.where(first, 0.5, 1.5), atol=0.2, rtol=0)
 
-# ---- The flow --------------------------------------------------------------------------------------------------------
-def test_flow_inverse_fp32():
-    """z -> v -> z and v -> z -> v, far from the identity."""
-    flow, z = randomize(RealNVPPrior(4, 1)), torch.randn(3, 16, 8, 8)
+# ---- The flow: test_realnvp.py has every layer's proof; here it is on latents, with dense blocks for s and t -----------
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_flow_inverse(double, dtype, error):
+    """z -> v -> z and v -> z -> v, away from the identity."""
+    flow, z = randomize(RealNVPPrior(4, 1), 0.1).to(dtype), torch.randn(3, 16, 8, 8, dtype=dtype)
     with torch.no_grad():
-        v, _ = flow(z)
+        v, _ = flow.flow(z)
         assert (v - z).abs().mean() > 0.1
-        torch.testing.assert_close(flow.from_noise(v), z, atol=1e-4, rtol=0)
-        torch.testing.assert_close(flow(flow.from_noise(z))[0], z, atol=1e-4, rtol=0)
+        assert (flow.from_noise(v) - z).abs().max() < error
+        assert (flow.flow(flow.from_noise(z))[0] - z).abs().max() < error
 
-def test_flow_inverse_fp64(double):
-    """The same to 1e-8: what is left is rounding."""
-    flow, z = randomize(RealNVPPrior(4, 1)).double(), torch.randn(3, 16, 8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(flow.from_noise(flow(z)[0]), z, atol=1e-8, rtol=0)
-
-@pytest.mark.parametrize("mask", [
-    [[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[[0.0]], [[1.0]]], [[[1.0]], [[0.0]]]])
-def test_coupling_log_det_is_the_jacobians(double, mask):
-    """Checkerboard and channel-wise, both ways round, on 2x2x2: log |det| of the 8x8 autograd Jacobian."""
-    coupling = randomize(Coupling(2, torch.tensor(mask, dtype=torch.float64), 2, 1), sd=1.0).double()
-    z, passes = torch.randn(1, 2, 2, 2, dtype=torch.float64), torch.tensor(mask).bool().expand(2, 2, 2)
-    v, log_det = coupling(z)
-    jacobian = torch.autograd.functional.jacobian(lambda z: coupling(z)[0], z).view(8, 8)
-    assert log_det != 0
-    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1])
-    assert torch.equal(v[0, passes], z[0, passes]) and (v != z)[0, ~passes].all()
-    torch.testing.assert_close(coupling.inverse(v), z)
+def test_flow_has_two_scales_and_ten_couplings():
+    """3 checkerboard couplings on 16x8x8, 3 channel-wise on 64x4x4, 4 checkerboard on 32x4x4, each with one dense block and a conv."""
+    seen = []
+    flow = RealNVPPrior(4, 2)
+    for m in flow.modules():
+        if isinstance(m, vae.Coupling):
+            m.register_forward_pre_hook(lambda m, inputs: seen.append(tuple(inputs[0].shape[1:])))
+            assert isinstance(m.net[0], vae.DenseBlock) and len(m.net[0].steps) == 2
+    flow.log_prob(torch.randn(1, 16, 8, 8))
+    assert seen == [(16, 8, 8)] * 3 + [(64, 4, 4)] * 3 + [(32, 4, 4)] * 4
 
 def test_flow_log_det_is_the_jacobians(double):
     """The whole flow: log |det| of the 1024x1024 autograd Jacobian, and log p(z) = log N(v; 0, 1) + it."""
-    flow = randomize(RealNVPPrior(2, 1)).double().requires_grad_(False)
+    flow = randomize(RealNVPPrior(2, 1), 0.3).double().requires_grad_(False)
     z = torch.randn(1, 16, 8, 8, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda z: flow(z)[0], z, vectorize=True).view(1024, 1024)
-    v, log_det = flow(z)
-    assert log_det.abs() > 1
+    jacobian = torch.autograd.functional.jacobian(lambda z: flow.flow(z)[0], z, vectorize=True).view(1024, 1024)
+    v, log_det = flow.flow(z)
+    assert log_det.abs() > 0.1 and (v != z).all()
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1])
     torch.testing.assert_close(flow.log_prob(z), Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3)) + log_det)
-
-def test_every_latent_value_is_transformed():
-    """No value of z passes the whole flow: the masks alternate, and what leaves at the second scale was changed before."""
-    flow, z = randomize(RealNVPPrior(2, 1)), torch.randn(1, 16, 8, 8)
-    assert (flow(z)[0] != z).all()
 
 # ---- The bound -------------------------------------------------------------------------------------------------------
 A, TAU = 1.5, 0.5  # z ~ N(0, 1), x|z ~ N(1.5 z, 0.5²), so x ~ N(0, 1.5² + 0.5² = 2.5), z|x ~ N(0.6 x, 0.1)
@@ -350,7 +338,7 @@ def test_samples_pass_through_the_flow():
     randomize(model.p_z, 0.3)
     model.p_x.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     seeded(model.sample, 2)
-    v, _ = model.p_z(seen[0])
+    v, _ = model.p_z.flow(seen[0])
     torch.testing.assert_close(v, seeded(torch.randn, 2, 16, 8, 8), atol=1e-4, rtol=0)
 
 def test_interpolation_is_the_straight_line():
