@@ -91,7 +91,7 @@ def load_images(name, data_dir, size=None):
     if name not in SIZES:
         source = Path(name).expanduser()
         if not source.is_dir():
-            raise UserError(f"dataset {name!r} is neither one of {', '.join(SIZES)} nor a folder of images")
+            raise UserError(f"dataset {name!r} is neither one of {', '.join(SIZES)}, nor, for realnvp.py, {', '.join(POINTS)}, nor a folder of images")
     size = SIZES.get(name, 64) if size is None else size
     if size < 8:
         raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
@@ -294,6 +294,31 @@ def draw_shapes(count, size, seed):
         noisy = clean + 2 * rng.standard_normal(clean.shape, np.float32)
         images[part] = np.clip(np.rint(noisy), 0, 255)
     return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
+
+POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
+
+def draw_points(name, count, seed):
+    """`count` points of one of POINTS, most of them in [-1, 1]² -> float (count, 2). `checkerboard` has entropy log 2 nats."""
+    rng = np.random.default_rng(seed)
+    share, arm, noise = rng.random(count), rng.choice([-1, 1], count), rng.standard_normal((2, count))
+    angle = np.pi * share
+    if name == "moons":  # two half circles, each with its end inside the other
+        points = 0.6 * arm * [np.cos(angle) - 0.5, np.sin(angle) - 0.25] + 0.05 * noise
+    elif name == "rings":  # two, of equal shares
+        points = rng.choice([0.35, 0.85], count) * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
+    elif name == "spirals":  # two arms of one turn, evenly filled
+        angle = 2 * np.pi * np.sqrt(share)
+        points = 0.9 * arm * np.sqrt(share) * [np.cos(angle), np.sin(angle)] + 0.04 * noise
+    else:  # 8 of 16 squares
+        row, column = rng.integers(0, 4, count), rng.integers(0, 2, count)
+        points = np.stack([2 * column + row % 2 + share, row + rng.random(count)]) / 2 - 1
+    return points.T
+
+def load_points(name):
+    """One of POINTS as Images of one pixel with two channels: float (N, 1, 1, 2), in the units of levels that Batches maps back."""
+    train, valid, test = (np.float32(127.5 * (draw_points(name, count, seed) + 1)).reshape(-1, 1, 1, 2)
+                          for seed, count in enumerate((102_400, 10_000, 10_000)))
+    return Images(name, 1, train, valid, test, labels=None, augment=False)
 
 class Batches:
     """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.

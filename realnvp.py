@@ -11,26 +11,24 @@
 arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/realnvp.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
-    x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y as x, logits · v as x, the base variable, the paper's z
+    x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y, v like x: its logits; the base variable, the paper's z
+    z, where a coupling or a flow stands by itself, is what goes in: the x of Eqs. 4-9
 """
 
 import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch.distributions import Normal
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
-from common import (Batches, Images, UserError, bits_per_dim, from_uint8, importance_weighted, load_images, mean_terms,
-                    seconds_to_sample, to_uint8)
+from common import (POINTS, Batches, UserError, bits_per_dim, from_uint8, importance_weighted, load_images, load_points,
+                    mean_terms, seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -41,16 +39,16 @@ def flag(default, help, **metadata):
 # Changed from vae.py: no latent and no prior; what the plane needs
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the paper's for CIFAR-10 (section 4.1); where it is silent, those of its released code."""
+    """The flags. Defaults are the paper's for CIFAR-10 (section 4.1); where it is silent, its released code's; epochs are ours."""
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, a folder of images; moons, rings, spirals, checkerboard")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    size: int = flag(None, "side of the images in pixels, even (default: the dataset's own)")
+    size: int = flag(None, "side of the images in pixels: even; without --small above 32, like 48, 64, 96, 128 … (default: the dataset's own)")
     small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(None, "images a step (default 64, points 512)")
-    lr: float = flag(1e-3, "Adam's learning rate", low=0)
+    lr: float = flag(1e-3, "Adam's highest learning rate: it rises for 200 steps, then falls as 1/√step, not below a tenth", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
@@ -61,7 +59,7 @@ class Config:
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
     save_every: int = flag(1000, "steps between checkpoints")
-    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_samples: int = flag(16, "S of the importance-weighted bound: it takes S passes over the test images")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(0.7, "figures: scale of the noise of a second sheet of samples; the first has 1", low=0)
 
@@ -72,7 +70,7 @@ class Config:
         if self.batch_size is None:
             self.batch_size = 512 if plane else 64
         if plane and self.dtype == "auto":
-            self.dtype = "fp32"  # on every device: the density is to integrate to one
+            self.dtype = "fp32"  # bf16 would show as steps in the density
 
     @property
     def variant(self):
@@ -81,16 +79,15 @@ class Config:
 # ---- Building blocks: couplings and their networks ----------------------------------------------------------------------
 # Changed from vae.py: no strides, and a fixed start
 def conv(c_in, c_out, kernel=3, gain=1.0):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width.
-
-    g starts at gain·√2: behind a ReLU that makes outputs as large as its inputs, times `gain` (He et al. 2015).
-    """
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width. g starts at gain·√2: as a ReLU
+    or a mask halves the mean square of what goes in, outputs are `gain` times as large as what stood before it (He et al. 2015)."""
     layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
     nn.init.constant_(layer.parametrizations.weight.original0, gain * 2**0.5)
     return layer
 
 def zeroed(layer):
-    """The layer with weights and biases 0. No weight norm: g would leave 0 by the learning rate a step, all its v·h times slower."""
+    """The layer with weights and biases 0. It has no weight norm, under which a step would lengthen a whole filter, and not each
+    of its weights, by the learning rate: too slow a way out of 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -114,7 +111,7 @@ class ResNet(nn.Module):
         for block, skip in zip(self.blocks, self.skips[1:]):
             h = h + block(h)
             skipped = skipped + skip(h)
-        return self.leave(F.relu(skipped))
+        return self.leave(F.relu(skipped)) * (32 / self.leave.in_channels)  # else a step of Adam would move s by lr a feature
 
 def mlp(hidden=64):
     """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
@@ -200,45 +197,16 @@ class Flow(nn.Module):
         z = self.squeezed.inverse(torch.stack([a, b, c, d], 2).flatten(1, 2))
         return self.fine.inverse(F.pixel_shuffle(z, 2))
 
-# ---- The plane ---------------------------------------------------------------------------------------------------------
-POINTS = ("moons", "rings", "spirals", "checkerboard")
-
-def draw_points(name, count, seed):
-    """`count` points of one of POINTS, most of them in [-1, 1]² -> float (count, 2). `checkerboard` has entropy log 2 nats."""
-    rng = np.random.default_rng(seed)
-    share, arm, noise = rng.random(count), rng.choice([-1, 1], count), rng.standard_normal((2, count))
-    angle = np.pi * share
-    if name == "moons":  # two half circles, each with its end inside the other
-        points = 0.6 * arm * [np.cos(angle) - 0.5, np.sin(angle) - 0.25] + 0.05 * noise
-    elif name == "rings":  # two, of equal shares
-        points = rng.choice([0.35, 0.85], count) * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
-    elif name == "spirals":  # two arms of one turn, evenly filled
-        angle = 2 * np.pi * np.sqrt(share)
-        points = 0.9 * arm * np.sqrt(share) * [np.cos(angle), np.sin(angle)] + 0.04 * noise
-    else:  # 8 of 16 squares
-        row, column = rng.integers(0, 4, count), rng.integers(0, 2, count)
-        points = np.stack([2 * column + row % 2 + share, row + rng.random(count)]) / 2 - 1
-    return points.T
-
-def load_points(name):
-    """The set `name` as Images of one pixel with two channels, float (N, 1, 1, 2); stored as levels, which `Batches` maps back."""
-    train, valid, test = (np.float32(127.5 * (draw_points(name, count, seed) + 1)).reshape(-1, 1, 1, 2)
-                          for seed, count in enumerate((102_400, 10_000, 10_000)))
-    return Images(name, 1, train, valid, test, labels=None, augment=False)
-
 # ---- The model -------------------------------------------------------------------------------------------------------
 ALPHA = 0.05  # keeps the logit of black and white finite
 # Changed from vae.py: residual networks
 WIDTHS = {"32": (8, 64), "64": (2, 32), "small": (1, 32)}  # residual blocks in s and t; their features, doubled as the side halves
 
 def scales_for(size, small):
-    """Scales of a flow on images of `size` pixels: 2 up to 32 ("downscale only once") and if small, else down to a side of 4.
-
-    Raises UserError for a size that cannot be halved so often.
-    """
+    """Scales for images of `size` pixels: 2 up to 32 ("downscale only once") and if small, else down to 4 … 7. Or UserError."""
     scales = 2 if small or size <= 32 else int(math.log2(size / 4)) + 1
     if size % 2**(scales - 1):
-        raise UserError(f"size {size} is no multiple of {2**(scales - 1)}, and the flow halves it {scales - 1} times; take 16, 32, 64 …")
+        raise UserError(f"size {size} is no multiple of {2**(scales - 1)}, which {scales} scales need: take 16, 32, 64 …")
     return scales
 
 class RealNVP(nn.Module):
@@ -252,7 +220,7 @@ class RealNVP(nn.Module):
             self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, mlp)  # x₁ moves x₂, x₂ moves x₁, …
         else:
             blocks, hidden = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
-            net = lambda channels, side: ResNet(channels, hidden * size // side, blocks)
+            net = lambda channels_in, side: ResNet(channels_in, hidden * size // side, blocks)
             self.flow = Flow(channels, size, scales_for(size, cfg.small), net)
 
     def preprocess(self, x):
@@ -320,23 +288,24 @@ class RealNVP(nn.Module):
         return (self.postprocess(self.flow.inverse(self.flow(y)[0])) - self.postprocess(y)).abs()
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-# Changed from vae.py: Adam at a constant rate, clipped; nothing to initialise
+# Changed from vae.py: Adam, its rate, l2, clipping; nothing to initialise
 def train(cfg, model, images, folder, checkpoint):
-    """Minimise -log p(x), in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
+    """Minimise -log p(x), in nats per image averaged over the batch, plus l2. Returns False where Ctrl-C or SIGTERM ended it early."""
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
-    # "An L2 regularization on the weight scale parameters with coefficient 5e-5", gradient 2·5e-5: g of weight norm, tanh's scale
-    scales = {name: p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))}
-    others = [p for name, p in model.named_parameters() if name not in scales]
-    optimizer = torch.optim.Adam([{"params": [*scales.values()], "weight_decay": 1e-4}, {"params": others}], lr=cfg.lr)
+    scales = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # g of weight norm, tanh's scale
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
             with autocast(cfg):
                 terms = terms_of(data.batch(step - 1))
-            loss = sum(terms.values()).mean()
+            # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first, and later steps average out.
+            optimizer.param_groups[0]["lr"] = cfg.lr * min(step / 200, max(math.sqrt(200 / step), 0.1))
+            l2 = 5e-5 * nn.utils.parameters_to_vector(scales).square().sum()  # "on the weight scale parameters" (section 4.1)
+            loss = sum(terms.values()).mean() + l2
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 100)
@@ -417,7 +386,7 @@ def report(folder, state, split, rows, total, data, dims):
         axes = (figure := Figure(layout="constrained")).subplots()
         for name in ("train", "valid"):
             axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), marker=".", label=name)
-        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
+        axes.set(xlabel="step", ylabel="bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
         axes.legend()
         figure.savefig(folder / "curves.png")
     return bpd
@@ -434,11 +403,11 @@ def draw(cfg, model, images, folder, name):
         save_grid(folder / "samples" / (name + suffix), model.sample(64, temperature))
     x = next(iter(Batches(images[:32], 32, cfg.device)))
     error = model.inverse_error(x)
-    save_grid(folder / "reconstructions" / f"{name}.png", x, 2 * error / error.max() - 1)
+    save_grid(folder / "reconstructions" / f"{name}.png", x, 2 * error / error.max().clamp(min=1e-9) - 1)
     save_grid(folder / "interpolations" / f"{name}.png", model.interpolate(x[:8], x[:8].roll(1, 0)).flatten(0, 1))
 
 def density(model, side, cells):
-    """p(x) at the centres of the cells x cells squares of [-side, side]² -> (cells, cells), the second coordinate along rows."""
+    """p(x) at the centres of the cells x cells squares of [-side, side]² -> (cells, cells), x₁ down, x₂ along rows."""
     axis = side * (2 * torch.arange(cells, device=next(model.parameters()).device) + 1 - cells) / cells
     return model.log_prob(torch.cartesian_prod(axis, axis).view(-1, 2, 1, 1)).exp().view(cells, cells)
 
@@ -450,22 +419,23 @@ def draw_plane(model, points, path):
     line = torch.linspace(-3, 3, 193, device=x.device)
     upright = torch.cartesian_prod(line[::8], line)  # 25 lines of 193 points; mirrored, 25 level ones
     grid, v = torch.cat([upright, upright.flip(1)]).view(-1, 2, 1, 1), torch.randn_like(x)
-    hues = colormaps["hsv"](torch.atan2(v[:, 1], v[:, 0]).flatten().cpu().numpy() / (2 * math.pi) + 0.5)
+    hues = {"c": torch.atan2(v[:, 1], v[:, 0]).flatten().cpu().numpy(), "cmap": "hsv"}  # a draw keeps its colour
 
-    def panel(axes, title, points, side, colours="black", lines=()):
-        axes.add_collection(LineCollection(lines, colors="0.8", linewidths=0.4))
-        axes.scatter(*points.flatten(1).T.cpu().numpy(), s=1, c=colours, linewidths=0)
+    def panel(axes, title, side, points, grid=None, **colours):
+        if grid is not None:
+            axes.plot(*grid.view(50, 193, 2).permute(2, 1, 0).cpu().numpy(), color="0.8", linewidth=0.4, zorder=0)
+        axes.scatter(*points.flatten(1).T.cpu().numpy(), s=1, linewidths=0, **colours)
         axes.set(title=title, xlim=(-side, side), ylim=(-side, side), aspect="equal", xticks=[], yticks=[])
 
-    panel(data, "data", x, 1.25)
+    panel(data, "data", 1.25, x, color="black")
     learned.imshow(density(model, 1.25, 250).T.cpu().numpy(), origin="lower", cmap="magma")
     learned.set(title="learned density p(x)", xticks=[], yticks=[])
-    panel(layers[0], "v ~ N(0, 1)", v, 3.2, hues, grid.view(50, 193, 2).cpu().numpy())
+    panel(layers[0], "v ~ N(0, 1)", 3.2, v, grid, **hues)
     for i, axes in enumerate(layers[1:], 1):
         grid, v = model.flow[-i].inverse(grid), model.flow[-i].inverse(v)
         side = 1.1 * v.abs().flatten(1).quantile(0.99).item()
-        panel(axes, f"{i} of 8 couplings" if i < 8 else "x = f⁻¹(v)", v, side, hues, grid.view(50, 193, 2).cpu().numpy())
-    panel(back, "f(data)", model(x)[0], 3.2)
+        panel(axes, f"{i} of 8 couplings" if i < 8 else "x = f⁻¹(v)", side, v, grid, **hues)
+    panel(back, "f(data)", 3.2, model(x)[0], color="black")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=72)
 
@@ -481,8 +451,7 @@ def save_grid(path, *images):
 # Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
 def evaluate(cfg, model, images, folder, state):
     """Bits per dimension, or nats a point, printed and in results.json, and the figures test.png: of this checkpoint, on the test set."""
-    dims, samples = math.prod(images.shape), cfg.iw_samples or (64 if cfg.small else 512)
-    count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
+    dims, count = math.prod(images.shape), cfg.iw_images or (200 if cfg.small else len(images.test))
     with inference(cfg):
         test = Batches(images.test, cfg.batch_size, cfg.device)
         terms = mean_terms(model, test)
@@ -490,7 +459,7 @@ def evaluate(cfg, model, images, folder, state):
             results = {"nll_nats": sum(terms.values()), "integral": density(model, 2, 1000).sum().item() * (2 * 2 / 1000)**2}
         else:
             some = Batches(images.test[:count], cfg.batch_size, cfg.device)
-            results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **importance_weighted(model, some, samples, dims)}
+            results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **importance_weighted(model, some, cfg.iw_samples, dims)}
         results |= {
             **terms, "inverse_error": model.inverse_error(next(iter(test))).max().item(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -506,9 +475,10 @@ def main(Model, argv=None):
     """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
     cfg = parse_flags(argv)
     try:
-        scales_for(cfg.size or 8, cfg.small)  # before anything is made at that size
+        plane = cfg.dataset in POINTS
+        scales_for(8 if plane else cfg.size or 8, cfg.small)  # before anything is made at that size
         folder, checkpoint = open_run(cfg)
-        images = load_points(cfg.dataset) if cfg.dataset in POINTS else load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        images = load_points(cfg.dataset) if plane else load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if not cfg.eval:

@@ -678,7 +678,7 @@ def report(folder, state, split, rows, total, data, dims):
         axes = (figure := Figure(layout="constrained")).subplots()
         for name in ("train", "valid"):
             axes.plot(*zip(*((r["step"], r["bpd"]) for r in records if r["split"] == name)), marker=".", label=name)
-        axes.set(xlabel="step", ylabel="-ELBO, bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
+        axes.set(xlabel="step", ylabel="bits per dimension", ylim=(None, bpd + max(1, abs(bpd)) / 2))
         axes.legend()
         figure.savefig(folder / "curves.png")
     return bpd
