@@ -34,14 +34,14 @@ def randomize(module, sd=0.3):
             p.add_(sd * torch.randn_like(p))
     return module
 
-def make(shape=(3, 8, 8), sd=0.3):
+def make(shape=(3, 8, 8), sd=0.05):
     return randomize(RealNVP(Config(small=True), shape), sd)
 
 def noise_images(count, channels=3, size=8):
     return from_uint8(torch.randint(256, (count, channels, size, size)))
 
-def narrow_flow(channels, side, scales, dtype=torch.float64, sd=0.3):
-    return randomize(Flow(channels, side, scales, lambda channels, side: ResNet(channels, 3, 1)), sd).to(dtype)
+def narrow_flow(channels, side, scales, dtype=torch.float64, sd=0.1):
+    return randomize(Flow(channels, side, scales, lambda channels, side: ResNet(channels, 8, 1)), sd).to(dtype)
 
 def layers(flow, z):
     """Every coupling of the flow with the input that it gets on the way of z: [(coupling, input)]."""
@@ -80,7 +80,7 @@ def test_every_layer_has_the_jacobians_log_det():
 @pytest.mark.parametrize("channels, side, scales", [(1, 4, 1), (1, 4, 2), (2, 4, 3), (3, 6, 2), (1, 8, 3)])
 def test_whole_flow_has_the_jacobians_log_det(channels, side, scales):
     """Squeezes and what is factored out move values about and change no volume."""
-    flow, z = narrow_flow(channels, side, scales), torch.randn(1, channels, side, side, dtype=torch.float64)
+    flow, z = narrow_flow(channels, side, scales, sd=0.05), torch.randn(1, channels, side, side, dtype=torch.float64)
     v, log_det = flow(z)
     assert v.shape == z.shape and log_det.abs() > 1e-2
     J = jacobian(lambda z: flow(z)[0], z).reshape(z.numel(), z.numel())
@@ -90,7 +90,7 @@ def test_whole_flow_has_the_jacobians_log_det(channels, side, scales):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_inverse_of_every_layer_and_of_the_whole(dtype, error):
     """inverse(forward(z)) and forward(inverse(v)), of each coupling, of three scales together, and of the plane's flow."""
-    flow, z = narrow_flow(3, 8, 3, dtype, sd=0.1), torch.randn(4, 3, 8, 8, dtype=dtype)
+    flow, z = narrow_flow(3, 8, 3, dtype, sd=0.01), torch.randn(4, 3, 8, 8, dtype=dtype)
     plane, x = make((2, 1, 1), sd=0.1).flow.to(dtype), torch.randn(100, 2, 1, 1, dtype=dtype)
     with torch.no_grad():
         for layer, z in [(flow, z), (plane, x), *layers(flow, z), *layers(plane, x)]:
@@ -251,7 +251,7 @@ def test_dequantization_noise_is_drawn_anew():
 
 def test_images_come_back():
     """x -> v -> x is the identity on levels, in fp64, and `inverse_error` is that rounding error, in levels."""
-    model, x = make(sd=0.1).double(), noise_images(4).double()
+    model, x = make().double(), noise_images(4).double()
     with torch.no_grad():
         assert torch.equal(to_uint8(model.inverse(model(x)[0])), to_uint8(x))
     assert model.inverse_error(x).max() < 1e-8
@@ -260,7 +260,7 @@ def test_images_come_back():
 
 def test_samples_are_images():
     """On the grid; all alike at temperature 0; at 1 the identity flow has the levels' own probabilities."""
-    model = make((3, 8, 8), sd=0.1)
+    model = make()
     x = model.sample(3)
     assert x.shape == (3, 3, 8, 8)
     torch.testing.assert_close(x, quantize(x), atol=1e-6, rtol=0)
@@ -277,7 +277,7 @@ def test_samples_are_images():
 
 def test_interpolations_follow_the_arc(middle):
     """The ends are the images themselves, the middle is f⁻¹((v1 + v2)/√2)."""
-    model, x1, x2 = make(sd=0.1), noise_images(2), noise_images(2)
+    model, x1, x2 = make(), noise_images(2), noise_images(2)
     line = model.interpolate(x1, x2, steps=5)
     assert line.shape == (2, 5, 3, 8, 8)
     one_level = 2.01 / 255
@@ -288,7 +288,7 @@ def test_interpolations_follow_the_arc(middle):
 
 def test_bf16_networks_give_fp32_terms():
     """Under autocast s and t are rounded, volumes are not: terms are fp32 and move by less than 2 %."""
-    model, x = make(sd=0.1), noise_images(4)
+    model, x = make(), noise_images(4)
     fp32 = seeded(model.log_prob, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.flow.fine[0].net(x).dtype == torch.bfloat16
