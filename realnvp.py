@@ -1,8 +1,8 @@
 """RealNVP, an invertible network as a density model of images and of points in the plane (Dinh et al. 2016).
 
     generative model   v ~ N(0, 1), x = f⁻¹(v), with f invertible: coupling layers, whose Jacobian is triangular
-    likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. 3): no encoder, no bound
-    images             have 256 levels, p is a density: log P(x) ≥ E[log p(x + u)], u ~ U[0, 1), a bound after all
+    likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. 3)
+    images             have 256 levels, but p is a density: the bound log P(x) ≥ E[log p(x + u)], u ~ U[0, 1)
 
     python realnvp.py --dataset moons                points in the plane, a minute; also rings, spirals, checkerboard
     python realnvp.py --dataset mnist --small        images on a CPU
@@ -11,7 +11,7 @@
 arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/realnvp.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
-    x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y, v like x: its logits; the base variable, the paper's z
+    x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y its logits, v the base variable (the paper's z), both like x
     z, where a coupling or a flow stands by itself, is what goes in: the x of Eqs. 4-9
 """
 
@@ -43,12 +43,12 @@ class Config:
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, a folder of images; moons, rings, spirals, checkerboard")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    size: int = flag(None, "side of the images in pixels: even; without --small above 32, like 48, 64, 96, 128 … (default: the dataset's own)")
+    size: int = flag(None, "side of the images in pixels: even; above 32, without --small, such as 48, 64, 96 … (default: the dataset's own)")
     small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(None, "images a step (default 64, points 512)")
-    lr: float = flag(1e-3, "Adam's highest learning rate: it rises for 200 steps, then falls as 1/√step, not below a tenth", low=0)
+    lr: float = flag(1e-3, "Adam's learning rate: rises for 200 steps, falls as 1/√step from step 1000 on, not below a tenth", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
@@ -61,7 +61,7 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     iw_samples: int = flag(16, "S of the importance-weighted bound: it takes S passes over the test images")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
-    temperature: float = flag(0.7, "figures: scale of the noise of a second sheet of samples; the first has 1", low=0)
+    temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples; the first has 1", low=0)
 
     def __post_init__(self):
         plane = self.dataset in POINTS
@@ -79,10 +79,10 @@ class Config:
 # ---- Building blocks: couplings and their networks ----------------------------------------------------------------------
 # Changed from vae.py: no strides, and a fixed start
 def conv(c_in, c_out, kernel=3, gain=1.0):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width. g starts at gain·√2: as a ReLU
-    or a mask halves the mean square of what goes in, outputs are `gain` times as large as what stood before it (He et al. 2015)."""
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width. g starts at gain·√2,
+    for the half of the mean square that a mask or a ReLU takes before it (skips: after it; He et al. 2015)."""
     layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
-    nn.init.constant_(layer.parametrizations.weight.original0, gain * 2**0.5)
+    nn.init.constant_(layer.parametrizations.weight.original0, gain * 2**0.5)  # g
     return layer
 
 def zeroed(layer):
@@ -93,7 +93,7 @@ def zeroed(layer):
     return layer
 
 class ResNet(nn.Module):
-    """s and t of a coupling (section 4.1): residual blocks, ReLU first, and a skip connection from each to the output.
+    """s and t of a coupling (section 4.1): residual blocks, ReLU first; a skip connection from each, and from the first conv, to the output.
 
     (B, C, H, W) -> (B, 2C, H, W), 0 at first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
     """
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         for block, skip in zip(self.blocks, self.skips[1:]):
             h = h + block(h)
             skipped = skipped + skip(h)
-        return self.leave(F.relu(skipped)) * (32 / self.leave.in_channels)  # else a step of Adam would move s by lr a feature
+        return self.leave(F.relu(skipped)) * (32 / self.leave.in_channels)  # else Adam's steps of s would grow with the features
 
 def mlp(hidden=64):
     """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
@@ -119,7 +119,7 @@ def mlp(hidden=64):
                          zeroed(nn.Linear(hidden, 4)), nn.Unflatten(1, (4, 1, 1)))
 
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
+    """Affine coupling (Dinh et al. 2016, Eq. 9): values where the mask is 1 pass, the others become z·exp(s) + t.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
     again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
@@ -143,12 +143,12 @@ class Coupling(nn.Module):
         return (z - t) * torch.exp(-s)
 
 class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted, so that no value passes them all (section 3.5).
+    """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (section 3.5).
 
     z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
     """
     def __init__(self, mask, count, channels, net):
-        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))
+        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))  # odd i: the mask inverted
 
     def forward(self, z):
         log_det = 0.0
@@ -230,9 +230,9 @@ class RealNVP(nn.Module):
         """
         if self.plane:
             return x, x.new_zeros(len(x))
-        # NOTE(paper): section 4.1 has α + (1 - α)·, whose logit is infinite at white. The released code has what stands here.
-        p = ALPHA + (1 - 2 * ALPHA) * (to_uint8(x) + torch.rand_like(x)) / 256
-        return torch.logit(p), (math.log((1 - 2 * ALPHA) / 256) - p.log() - (1 - p).log()).sum((1, 2, 3))
+        # NOTE(paper): section 4.1 has α + (1 - α)·, whose logit is infinite at the upper end of white. As released here.
+        r = ALPHA + (1 - 2 * ALPHA) * (to_uint8(x) + torch.rand_like(x)) / 256
+        return torch.logit(r), (math.log((1 - 2 * ALPHA) / 256) - r.log() - (1 - r).log()).sum((1, 2, 3))  # logit' = 1/(r(1 - r))
 
     def postprocess(self, y):
         """The inverse: logits y -> x + u, in levels (below 0 or above 256 for a y that no image has). Points stay what they are."""
@@ -250,7 +250,7 @@ class RealNVP(nn.Module):
         return x if self.plane else from_uint8(x.floor().clamp(0, 255))
 
     def terms(self, x):
-        """-log p(x) = base + volume, (B,) in nats (Eq. 3): {"base": -log N(v; 0, 1), "volume": -log |det ∂v/∂x|}.
+        """-log p(x) = base + volume, (B,) in nats (Eq. 3): {"base": -log N(v; 0, 1), "volume": -log |det ∂v/∂(x + u)|}.
 
         Exact for points. For images a one-sample estimate of E[-log p(x + u)] ≥ -log P(x), the bound that is trained.
         """
@@ -283,7 +283,7 @@ class RealNVP(nn.Module):
 
     @torch.no_grad()
     def inverse_error(self, x):
-        """|f⁻¹(f(x)) - x|, 0 but for rounding: (B, C, H, W) -> same, in levels of 256; for points in units of the plane."""
+        """|f⁻¹(f(x + u)) - (x + u)|, 0 but for rounding: (B, C, H, W) -> same, in levels of 256; points: in units of the plane."""
         y, _ = self.preprocess(x)
         return (self.postprocess(self.flow.inverse(self.flow(y)[0])) - self.postprocess(y)).abs()
 
@@ -294,7 +294,7 @@ def train(cfg, model, images, folder, checkpoint):
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
-    scales = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # g of weight norm, tanh's scale
+    penalised = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # g of weight norm, the factor of tanh
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
@@ -302,9 +302,9 @@ def train(cfg, model, images, folder, checkpoint):
         for step in range(state["step"] + 1, total + 1):
             with autocast(cfg):
                 terms = terms_of(data.batch(step - 1))
-            # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first, and later steps average out.
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(step / 200, max(math.sqrt(200 / step), 0.1))
-            l2 = 5e-5 * nn.utils.parameters_to_vector(scales).square().sum()  # "on the weight scale parameters" (section 4.1)
+            # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a falling rate averages noise out.
+            optimizer.param_groups[0]["lr"] = cfg.lr * min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
+            l2 = 5e-5 * nn.utils.parameters_to_vector(penalised).square().sum()  # "on the weight scale parameters" (section 4.1)
             loss = sum(terms.values()).mean() + l2
             optimizer.zero_grad()
             loss.backward()
@@ -395,7 +395,7 @@ def report(folder, state, split, rows, total, data, dims):
 # Changed from vae.py: temperatures, arcs in v, errors of the inverse; the plane
 def draw(cfg, model, images, folder, name):
     """The figures `name`: samples/, 64 draws at temperature 1, 64 at --temperature; interpolations/, one a row; reconstructions/,
-    rows x, |f⁻¹(f(x)) - x|, x, …, white where that is largest. For points: samples/ is `draw_plane`."""
+    rows x, `inverse_error`, x, …, white where that is largest. For points: samples/ is `draw_plane`."""
     if model.plane:
         return draw_plane(model, images, folder / "samples" / f"{name}.png")
     for temperature in dict.fromkeys((1.0, cfg.temperature)):
@@ -406,9 +406,9 @@ def draw(cfg, model, images, folder, name):
     save_grid(folder / "reconstructions" / f"{name}.png", x, 2 * error / error.max().clamp(min=1e-9) - 1)
     save_grid(folder / "interpolations" / f"{name}.png", model.interpolate(x[:8], x[:8].roll(1, 0)).flatten(0, 1))
 
-def density(model, side, cells):
-    """p(x) at the centres of the cells x cells squares of [-side, side]² -> (cells, cells), x₁ down, x₂ along rows."""
-    axis = side * (2 * torch.arange(cells, device=next(model.parameters()).device) + 1 - cells) / cells
+def density(model, reach, cells):
+    """p(x) at the centres of the cells x cells squares of [-reach, reach]² -> (cells, cells), x₁ down, x₂ along rows."""
+    axis = reach * (2 * torch.arange(cells, device=next(model.parameters()).device) + 1 - cells) / cells
     return model.log_prob(torch.cartesian_prod(axis, axis).view(-1, 2, 1, 1)).exp().view(cells, cells)
 
 def draw_plane(model, points, path):
@@ -421,11 +421,11 @@ def draw_plane(model, points, path):
     grid, v = torch.cat([upright, upright.flip(1)]).view(-1, 2, 1, 1), torch.randn_like(x)
     hues = {"c": torch.atan2(v[:, 1], v[:, 0]).flatten().cpu().numpy(), "cmap": "hsv"}  # a draw keeps its colour
 
-    def panel(axes, title, side, points, grid=None, **colours):
+    def panel(axes, title, reach, points, grid=None, **colours):
         if grid is not None:
             axes.plot(*grid.view(50, 193, 2).permute(2, 1, 0).cpu().numpy(), color="0.8", linewidth=0.4, zorder=0)
         axes.scatter(*points.flatten(1).T.cpu().numpy(), s=1, linewidths=0, **colours)
-        axes.set(title=title, xlim=(-side, side), ylim=(-side, side), aspect="equal", xticks=[], yticks=[])
+        axes.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
 
     panel(data, "data", 1.25, x, color="black")
     learned.imshow(density(model, 1.25, 250).T.cpu().numpy(), origin="lower", cmap="magma")
@@ -433,8 +433,8 @@ def draw_plane(model, points, path):
     panel(layers[0], "v ~ N(0, 1)", 3.2, v, grid, **hues)
     for i, axes in enumerate(layers[1:], 1):
         grid, v = model.flow[-i].inverse(grid), model.flow[-i].inverse(v)
-        side = 1.1 * v.abs().flatten(1).quantile(0.99).item()
-        panel(axes, f"{i} of 8 couplings" if i < 8 else "x = f⁻¹(v)", side, v, grid, **hues)
+        reach = 1.1 * v.abs().flatten(1).quantile(0.99).item()
+        panel(axes, f"{i} of 8 couplings" if i < 8 else "x = f⁻¹(v)", reach, v, grid, **hues)
     panel(back, "f(data)", 3.2, model(x)[0], color="black")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=72)
@@ -476,7 +476,7 @@ def main(Model, argv=None):
     cfg = parse_flags(argv)
     try:
         plane = cfg.dataset in POINTS
-        scales_for(8 if plane else cfg.size or 8, cfg.small)  # before anything is made at that size
+        scales_for(8 if plane else cfg.size or 8, cfg.small)  # refuses a wrong --size before data are made; 8 always passes
         folder, checkpoint = open_run(cfg)
         images = load_points(cfg.dataset) if plane else load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)

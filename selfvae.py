@@ -228,7 +228,7 @@ class NormalPrior(nn.Module):
 
 # Copied from realnvp.py: Coupling
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eq. 9): values under the mask pass, the others become z·exp(s) + t.
+    """Affine coupling (Dinh et al. 2016, Eq. 9): values where the mask is 1 pass, the others become z·exp(s) + t.
 
     s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
     again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
@@ -253,12 +253,12 @@ class Coupling(nn.Module):
 
 # Copied from realnvp.py: Couplings
 class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted, so that no value passes them all (section 3.5).
+    """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (section 3.5).
 
     z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
     """
     def __init__(self, mask, count, channels, net):
-        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))
+        super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))  # odd i: the mask inverted
 
     def forward(self, z):
         log_det = 0.0
