@@ -40,15 +40,15 @@ def flag(default, help, **metadata):
 @dataclasses.dataclass
 class Config:
     """The flags. Defaults are the paper's for CIFAR-10 (section 4.1); where it is silent, its released code's; epochs are ours."""
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, a folder of images; moons, rings, spirals, checkerboard")
+    dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    size: int = flag(None, "side of the images in pixels: even; above 32, without --small, such as 48, 64, 96 … (default: the dataset's own)")
+    size: int = flag(None, "side of the images in pixels, even; without --small 48, 64, 96 … above 32 (default: the dataset's own)")
     small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(None, "images a step (default 64, points 512)")
-    lr: float = flag(1e-3, "Adam's learning rate: rises for 200 steps, falls as 1/√step from step 1000 on, not below a tenth", low=0)
+    lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, from 1000 on falls", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
@@ -65,10 +65,9 @@ class Config:
 
     def __post_init__(self):
         plane = self.dataset in POINTS
-        if self.epochs is None:
-            self.epochs = 20 if plane else 1000
-        if self.batch_size is None:
-            self.batch_size = 512 if plane else 64
+        for name, points, pictures in (("epochs", 20, 1000), ("batch_size", 512, 64), ("lr", 3e-3, 1e-3)):
+            if getattr(self, name) is None:
+                setattr(self, name, points if plane else pictures)
         if plane and self.dtype == "auto":
             self.dtype = "fp32"  # bf16 would show as steps in the density
 
@@ -93,7 +92,7 @@ def zeroed(layer):
     return layer
 
 class ResNet(nn.Module):
-    """s and t of a coupling (section 4.1): residual blocks, ReLU first; a skip connection from each, and from the first conv, to the output.
+    """s and t of a coupling (section 4.1): residual blocks, ReLU first; skip connections to the output from each and from `enter`.
 
     (B, C, H, W) -> (B, 2C, H, W), 0 at first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
     """
@@ -163,7 +162,7 @@ class Couplings(nn.ModuleList):
         return z
 
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, log |det ∂v/∂z| (B,) in nats; inverse(v) -> z.
+    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
 
     A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
     the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
@@ -263,7 +262,7 @@ class RealNVP(nn.Module):
 
     @torch.no_grad()
     def log_weights(self, x, samples):
-        """log w_s = log p(x + u_s) - log q(u_s|x), where q is uniform on [0, 1)ᴰ, log q = 0: (B, C, H, W) -> (samples, B) in nats."""
+        """log w_s = log p(x + u_s) - log q(u_s|x), q uniform on [0, 1)ᴰ, so log q = 0: (B, C, H, W) -> (samples, B) in nats."""
         return torch.stack([self.log_prob(x) for _ in range(samples)])
 
     @torch.no_grad()
@@ -283,18 +282,18 @@ class RealNVP(nn.Module):
 
     @torch.no_grad()
     def inverse_error(self, x):
-        """|f⁻¹(f(x + u)) - (x + u)|, 0 but for rounding: (B, C, H, W) -> same, in levels of 256; points: in units of the plane."""
+        """|f⁻¹(f(x + u)) - (x + u)|, 0 but for rounding: (B, C, H, W) -> same, in levels; points: in units of the plane."""
         y, _ = self.preprocess(x)
         return (self.postprocess(self.flow.inverse(self.flow(y)[0])) - self.postprocess(y)).abs()
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 # Changed from vae.py: Adam, its rate, l2, clipping; nothing to initialise
 def train(cfg, model, images, folder, checkpoint):
-    """Minimise -log p(x), in nats per image averaged over the batch, plus l2. Returns False where Ctrl-C or SIGTERM ended it early."""
+    """Minimise -log p(x), in nats per image averaged over the batch, plus l2. Returns False where Ctrl-C or SIGTERM ended it."""
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
-    penalised = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # g of weight norm, the factor of tanh
+    penalised = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # weight norm's g, tanh's factor
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
     terms_of = torch.compile(model.terms) if cfg.compile else model.terms
@@ -450,7 +449,7 @@ def save_grid(path, *images):
 
 # Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
 def evaluate(cfg, model, images, folder, state):
-    """Bits per dimension, or nats a point, printed and in results.json, and the figures test.png: of this checkpoint, on the test set."""
+    """Bits per dimension, or nats a point, printed and in results.json, and figures test.png: of this checkpoint, on the test set."""
     dims, count = math.prod(images.shape), cfg.iw_images or (200 if cfg.small else len(images.test))
     with inference(cfg):
         test = Batches(images.test, cfg.batch_size, cfg.device)

@@ -274,7 +274,7 @@ class Couplings(nn.ModuleList):
 
 # Copied from realnvp.py: Flow
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, log |det ∂v/∂z| (B,) in nats; inverse(v) -> z.
+    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
 
     A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
     the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
