@@ -145,6 +145,8 @@ def test_realnvp_results_and_figures(finished):
     results = json.loads((folder / "results.json").read_text())
     nats = results["base"] + results["volume"]
     assert results.keys() >= {"inverse_error", "parameters", "seconds_1", "seconds_100", "train_seconds"} and results["inverse_error"] < 0.1
+    group, = load(folder / "last.pt")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(json.loads((folder / "config.json").read_text())["lr"] * 3 / 200)  # step 3 of the warm-up
     figures = {str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/test*.png")}
     if json.loads((folder / "config.json").read_text())["dataset"] == "moons":
         assert results["nll_nats"] == pytest.approx(nats) and "elbo_bpd" not in results
