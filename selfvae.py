@@ -253,7 +253,7 @@ class Coupling(nn.Module):
 
 # Copied from realnvp.py: Couplings
 class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (section 3.5).
+    """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (Dinh et al., section 3.5).
 
     z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
     """
@@ -274,7 +274,7 @@ class Couplings(nn.ModuleList):
 
 # Copied from realnvp.py: Flow
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
+    """RealNVP of `scales` scales (Dinh et al., section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
 
     A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
     the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
@@ -283,8 +283,8 @@ class Flow(nn.Module):
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
-        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (Figure 3, left)
-        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (Figure 3, right)
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (their Figure 3, left)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (same, right)
         self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
         self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)

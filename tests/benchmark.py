@@ -15,7 +15,7 @@ CASES = [("vae", 32, 0), ("selfvae", 32, 1), ("selfvae", 64, 2), ("realnvp", 32,
 
 
 def measure(script, size, levels, dtype, steps=3):
-    """Print images/s, the mean over `steps` after one to warm up, and the process's peak resident memory in GB."""
+    """Print images/s, the mean over `steps` after one to warm up, and the process's peak resident memory in GiB."""
     sys.path.insert(0, str(ROOT))
     import torch
 

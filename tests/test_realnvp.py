@@ -316,6 +316,28 @@ def test_penalty_is_on_scales_alone(monkeypatch):
     squares += sum(m.scale.square().sum() for m in model.modules() if isinstance(m, Coupling))
     assert squares > 100 and seen == pytest.approx([2 + 5e-5 * squares.item()])
 
+@pytest.mark.parametrize("step, factor", [(1, 1 / 200), (200, 1), (1000, 1), (4000, 0.5), (1_000_000, 0.1)])
+def test_rate_and_clipping(monkeypatch, step, factor):
+    """Warm-up, plateau, 1/√step, floor; and a gradient of any size has norm 100 when Adam gets it."""
+    seen = []
+
+    class Stop(Exception):
+        """Ends the training in its first step."""
+
+    def stop(optimizer):
+        norms = [p.grad.norm() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        seen.append((optimizer.param_groups[0]["lr"], torch.stack(norms).norm().item()))
+        raise Stop
+    model, levels = make(), to_uint8(noise_images(4)).permute(0, 2, 3, 1).numpy()
+    terms = model.terms
+    monkeypatch.setattr(model, "terms", lambda x: {name: 1e4 * values for name, values in terms(x).items()})
+    monkeypatch.setattr(realnvp, "restore", lambda *_: {"step": step - 1})
+    monkeypatch.setattr(torch.optim.Adam, "step", stop)
+    images = Images("noise", 8, levels, levels, levels, None, False)
+    with pytest.raises(Stop):
+        realnvp.train(Config(small=True, device="cpu", lr=0.01, steps=step), model, images, None, None)
+    assert seen[0] == (pytest.approx(0.01 * factor), pytest.approx(100, rel=1e-3))
+
 # ---- The plane -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", POINTS)
 def test_points(name):
