@@ -64,12 +64,9 @@ class Config:
     temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples; the first has 1", low=0)
 
     def __post_init__(self):
-        plane = self.dataset in POINTS
         for name, points, pictures in (("epochs", 20, 1000), ("batch_size", 512, 64), ("lr", 3e-3, 1e-3)):
             if getattr(self, name) is None:
-                setattr(self, name, points if plane else pictures)
-        if plane and self.dtype == "auto":
-            self.dtype = "fp32"  # bf16 would show as steps in the density
+                setattr(self, name, points if self.dataset in POINTS else pictures)
 
     @property
     def variant(self):
