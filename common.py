@@ -10,12 +10,14 @@ import math
 import os
 import shutil
 import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
@@ -515,3 +517,156 @@ def seconds_to_sample(model, n, runs=10):
     for _ in range(runs):
         model.sample(n).cpu()  # waits for the device
     return (time.perf_counter() - start) / runs
+
+# ---- Metrics of pictures: FID, Inception Score, distances of reconstructions --------------------------------------------
+
+def pixel_distance(x, y):
+    """‖x - y‖² with pixels in [0, 1], summed over the image: two (B, C, H, W) in [-1, 1] -> (B,)."""
+    return (x - y).float().square().sum((1, 2, 3)) / 4
+
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+VGG_URL = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+
+def load_weights(url, path, data_dir):
+    """The weights at `path`; without one, those of `url`, kept in data_dir/downloads and checked against the hash in their name."""
+    file = Path(path or Path(data_dir, "downloads", url.split("/")[-1]))
+    try:
+        if not (path or file.exists()):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, file, file.stem.split("-")[-1], progress=False)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the network, the hash and damaged files each raise their own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no weights {file} ({reason}): download {url} and put it there") from None
+
+class InceptionFeatures(nn.Module):
+    """The Inception network of FID and Inception Score, TensorFlow's of 2015-12-05, from a state dict in pytorch-fid's format.
+
+    uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008), fp32; what a row is depends on its own image only.
+    It is torchvision's Inception v3 but for four things of the original: how images are resized; means over 3x3 that leave out
+    what lies beyond the border; in the last block the largest instead of the mean; no biases in the logits (Salimans et al. 2016).
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        try:
+            self.net.load_state_dict(weights)
+        except (RuntimeError, TypeError, AttributeError):
+            raise UserError(f"these are no Inception weights in the format of {INCEPTION_URL}") from None
+        self.classes, self.net.fc = self.net.fc.weight, nn.Identity()
+        for name, block in self.net.named_children():
+            if hasattr(block, "branch_pool"):
+                block.register_forward_hook(self._pool_largest if name == "Mixed_7c" else self._pool_mean)
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def _pool_mean(block, inputs, output):
+        branch = block.branch_pool(F.avg_pool2d(inputs[0], 3, 1, 1, count_include_pad=False))  # the block's last channels
+        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+
+    @staticmethod
+    def _pool_largest(block, inputs, output):
+        branch = block.branch_pool(F.max_pool2d(inputs[0], 3, 1, 1))
+        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+
+    def forward(self, images):
+        x = (images.float() - 128) / 128
+        for dim in (2, 3):  # TensorFlow 1's bilinear resize: row i of 299 lies at row i·H/299, with no shift of half a pixel
+            length = x.shape[dim]
+            at = torch.arange(299, device=x.device) * length / 299
+            low, share = at.long(), (at - at.floor()).view(-1, *[1] * (3 - dim))
+            x = x.index_select(dim, low).lerp(x.index_select(dim, (low + 1).clamp(max=length - 1)), share)
+        with torch.autocast(x.device.type, enabled=False):
+            features = self.net(x.expand(-1, 3, -1, -1))
+            return features, features @ self.classes.T
+
+class VGGFeatures(nn.Module):
+    """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict: (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8)."""
+
+    def __init__(self, weights):
+        super().__init__()
+        with torch.device("meta"):
+            net = torchvision.models.vgg16()
+        try:
+            net.load_state_dict(weights, assign=True)
+        except (RuntimeError, TypeError, AttributeError):
+            raise UserError(f"these are no VGG-16 weights in the format of {VGG_URL}") from None
+        self.net = net.features[:23].eval().requires_grad_(False)
+
+    def forward(self, x):
+        x = TF.normalize((x.float().expand(-1, 3, -1, -1) + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.net(x)
+
+def perceptual_distance(vgg, x, y):
+    """Mean squared difference of VGGFeatures (DC-VAE paper, A.7): two (B, C, H, W) in [-1, 1] -> (B,)."""
+    return (vgg(x) - vgg(y)).square().mean((1, 2, 3))
+
+def feature_statistics(inception, batches):
+    """Batches of uint8 (B, C, H, W), read one by one -> mean (2048,) and covariance of the features, float64; class
+    probabilities (N, 1008)."""
+    total, outer, probabilities = 0, 0, []
+    for images in batches:
+        features, logits = inception(images)
+        features = features.cpu().double()
+        total, outer = total + features.sum(0), outer + features.T @ features
+        probabilities.append(logits.softmax(1).cpu())
+    probabilities = torch.cat(probabilities)
+    n = len(probabilities)
+    mean = total / n
+    return mean, (outer - n * torch.outer(mean, mean)) / max(1, n - 1), probabilities
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), the squared W₂ distance of two Gaussians (Heusel et al. 2017, Eq. 6), >= 0.
+
+    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues of AᵀΣ₂A. That is symmetric, so they are real, and those below 0 are rounding,
+    also where a covariance is singular, as it is with fewer images than features.
+    """
+    values, vectors = torch.linalg.eigh(cov1.double())
+    A = vectors * values.clamp(min=0).sqrt()
+    root_trace = torch.linalg.eigvalsh(A.T @ cov2.double() @ A).clamp(min=0).sqrt().sum()
+    distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * root_trace
+    return max(0.0, distance.item())
+
+def inception_score(probabilities, splits=10):
+    """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) from (N, classes) -> mean and sd over `splits` parts, each with its own p(y)."""
+    scores = [torch.xlogy(p, p / p.mean(0)).sum(1).mean().exp() for p in probabilities.double().tensor_split(min(splits, len(probabilities)))]
+    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
+
+def load_inception(path, data_dir, device):
+    """InceptionFeatures from `path` or, without one, downloaded. None, and a line that says why, where that fails: FID is an extra."""
+    return _load_network(InceptionFeatures, INCEPTION_URL, path, data_dir, device, "FID", "--inception_weights")
+
+def load_vgg(path, data_dir, device):
+    """The same for VGGFeatures."""
+    return _load_network(VGGFeatures, VGG_URL, path, data_dir, device, "perceptual distance", "--vgg_weights")
+
+def _load_network(Network, url, path, data_dir, device, metric, flag):
+    try:
+        return Network(load_weights(url, path, data_dir)).to(device)
+    except UserError as error:
+        if path:
+            raise
+        print(f"no {metric}: {error}, or name its place with {flag}", flush=True)
+
+def draws(model, count, batch_size=100):
+    """`count` samples as uint8 batches, drawn when they are asked for."""
+    for start in range(0, count, batch_size):
+        yield to_uint8(model.sample(min(batch_size, count - start)))
+
+def reference_statistics(inception, images, device):
+    """{split: feature_statistics} of the training images, those for validation included, and of the test images."""
+    return {split: feature_statistics(inception, map(to_uint8, Batches(array, 100, device)))
+            for split, array in (("train", images.train.array), ("test", images.test))}
+
+def inception_metrics(inception, batches, references):
+    """FID of uint8 batches against each of {split: feature_statistics}, their Inception Score, and how many images each stands on."""
+    mean, cov, probabilities = feature_statistics(inception, batches)
+    score, sd = inception_score(probabilities)
+    results = {"inception_score": score, "inception_score_sd": sd, "fid_images": len(probabilities)}
+    for split, (mean_ref, cov_ref, p_ref) in references.items():
+        results |= {f"fid_{split}": frechet_distance(mean, cov, mean_ref, cov_ref), f"fid_{split}_images": len(p_ref)}
+    if min(value for name, value in results.items() if name.endswith("images")) < 10_000:
+        warnings.warn("FID from fewer than 10,000 images is biased upwards: compare it only with FID from as many")
+    return results

@@ -27,8 +27,9 @@ from torch.distributions import Normal
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
-from common import (POINTS, Batches, UserError, bits_per_dim, from_uint8, importance_weighted, load_images, load_points,
-                    mean_terms, seconds_to_sample, to_uint8)
+from common import (POINTS, Batches, UserError, bits_per_dim, draws, from_uint8, importance_weighted,
+                    inception_metrics, load_images, load_inception, load_points, mean_terms, reference_statistics,
+                    seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -62,6 +63,9 @@ class Config:
     iw_samples: int = flag(16, "S of the importance-weighted bound: it takes S passes over the test images")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples; the first has 1", low=0)
+    fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
+    inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
+    free = "iw_samples iw_images temperature"  # flags of the evaluation
 
     def __post_init__(self):
         for name, points, pictures in (("epochs", 20, 1000), ("batch_size", 512, 64), ("lr", 3e-3, 1e-3)):
@@ -456,6 +460,8 @@ def evaluate(cfg, model, images, folder, state):
         else:
             some = Batches(images.test[:count], cfg.batch_size, cfg.device)
             results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **importance_weighted(model, some, cfg.iw_samples, dims)}
+            if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
+                results |= inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
         results |= {
             **terms, "inverse_error": model.inverse_error(next(iter(test))).max().item(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -493,8 +499,8 @@ def main(Model, argv=None):
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
-           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
+           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""

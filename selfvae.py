@@ -30,8 +30,9 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, dmol_shift, from_uint8,
-                    importance_weighted, load_images, mean_terms, psnr, quantize, seconds_to_sample, to_uint8)
+from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, dmol_shift, draws,
+                    from_uint8, importance_weighted, inception_metrics, load_images, load_inception, mean_terms, psnr,
+                    quantize, reference_statistics, seconds_to_sample, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -68,6 +69,9 @@ class Config:
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(1.0, "figures: scale of the priors' noise", low=0)
     mean: bool = flag(False, "figures: show the mean of p(y|·) and p(x|·), not a draw from it")
+    fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
+    inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
+    free = "iw_samples iw_images temperature mean"  # flags of the evaluation
 
     @property
     def variant(self):
@@ -774,6 +778,8 @@ def evaluate(cfg, model, images, folder, state):
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
             "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
+        if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
+            results |= inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
         draw(cfg, model, images.test, folder, "test")
         draw_latent_space(cfg, model, next(iter(Batches(images.test[:8], 8, cfg.device))), folder)
         table = rates(cfg, model, Batches(images.test[:count], cfg.batch_size, cfg.device), dims)
@@ -811,8 +817,8 @@ def main(Model, argv=None):
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
-           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
+           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""

@@ -26,8 +26,9 @@ from torch.distributions import Independent, Normal
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, importance_weighted,
-                    load_images, log_mean_exp, mean_terms, seconds_to_sample)
+from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, draws,
+                    importance_weighted, inception_metrics, load_images, load_inception, log_mean_exp, mean_terms,
+                    reference_statistics, seconds_to_sample)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 def flag(default, help, **metadata):
@@ -62,6 +63,9 @@ class Config:
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(1.0, "figures: scale of the prior's noise", low=0)
     mean: bool = flag(False, "figures: show the mean of p(x|z), not a draw from it")
+    fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
+    inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
+    free = "iw_samples iw_images temperature mean"  # flags of the evaluation
 
     @property
     def variant(self):
@@ -484,6 +488,8 @@ def evaluate(cfg, model, images, folder, state):
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
             "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
+        if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
+            results |= inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
         draw(cfg, model, images.test, folder, "test")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in results.items():
@@ -514,8 +520,8 @@ def main(Model, argv=None):
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every iw_samples "
-           "iw_images temperature mean".split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
+           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""

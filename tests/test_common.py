@@ -1,5 +1,6 @@
 """Tests of common.py: pixels · the discretized mixture of logistics · metrics · datasets. Each is a worked example."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -907,3 +908,170 @@ def test_any_failure_of_a_download_is_one_line(monkeypatch, tmp_path, error):
     monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", fail)
     with pytest.raises(UserError, match="downloading CIFAR10"):
         load_images("cifar10", tmp_path)
+
+# ---- metrics of pictures -----------------------------------------------------------------------------------------------
+
+def inception_weights():
+    """Random weights in pytorch-fid's format, from numpy's legacy generator, whose numbers never change."""
+    rng = np.random.RandomState(0)
+    net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    for name, value in net.state_dict().items():
+        shape = tuple(value.shape)
+        if value.dim() > 1:
+            value.copy_(torch.from_numpy(rng.standard_normal(shape) * (2 / value[0].numel())**0.5))
+        elif name.endswith(("bn.weight", "running_var")):
+            value.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, shape)))
+        elif value.dim() == 1:
+            value.copy_(torch.from_numpy(rng.uniform(-0.2, 0.2, shape)))
+    return net.state_dict()
+
+@pytest.fixture(scope="module")
+def inception():
+    return common.InceptionFeatures(inception_weights())
+
+def test_inception_equals_the_reference_packages(inception):
+    """What torch-fidelity 0.4.0 made of two 32x32 images and pytorch-fid 0.3.0 of one of 299x299 (scaled as (u8 - 128) / 128), with the
+    weights above. At 299 nothing is resized; for what lies between, torch-fidelity enlarges as TensorFlow 1 did."""
+    rng = np.random.RandomState(1)
+    small, large = (torch.from_numpy(rng.randint(0, 256, (2, 3, side, side)).astype(np.uint8)) for side in (32, 299))
+    columns, classes = [0, 400, 900, 1400, 1900, 2047], [0, 200, 400, 600, 800, 1007]
+    features, logits = inception(small)
+    expected = [[13.782585, 0.3956869, 0.0422434, 0.1426899, 0.0, 7.4875174], [13.283102, 0.2881336, 0.0315481, 0.1301389, 0.0, 7.6647468]]
+    torch.testing.assert_close(features[:, columns], torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    expected = [[-5.9029093, -16.189686, -4.0352182, -27.289768, -6.4560604, 2.2644403],
+                [-6.0230346, -16.387669, -4.2666497, -27.487167, -6.461203, 2.258016]]
+    torch.testing.assert_close(logits[:, classes], torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    expected = [[24.13364, 0.4199352, 0.0926508, 0.1490372, 0.0, 12.136705]]
+    torch.testing.assert_close(inception(large[:1])[0][:, columns], torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+def test_features_are_of_one_image(inception):
+    """Whatever the batch, whatever autocast says; a grey image is one with three equal channels."""
+    images = torch.randint(256, (3, 1, 16, 16), dtype=torch.uint8)
+    together, _ = inception(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(inception(images[1:2].expand(-1, 3, -1, -1))[0], together[1:2], rtol=1e-4, atol=1e-4)
+    assert not together.requires_grad and inception.training is False
+
+def test_statistics_are_streamed(inception, monkeypatch):
+    """Mean, covariance and probabilities of all images, from batches of any size."""
+    monkeypatch.setattr(common.InceptionFeatures, "forward", lambda self, x: (x.flatten(1).float(), x.flatten(1).float() / 100))
+    images = torch.randint(256, (20, 1, 2, 3), dtype=torch.uint8)
+    for size in (20, 7, 1):
+        mean, cov, probabilities = common.feature_statistics(inception, iter(images.split(size)))
+        torch.testing.assert_close(mean, images.flatten(1).double().mean(0))
+        torch.testing.assert_close(cov, torch.cov(images.flatten(1).double().T))
+        torch.testing.assert_close(probabilities, (images.flatten(1) / 100).softmax(1))
+
+def random_covariance(n, rank=None):
+    A = torch.randn(n, rank or n, dtype=torch.float64)
+    return A @ A.T / n
+
+def test_frechet_distance_of_closed_cases():
+    """Equal covariances: the squared distance of the means. Diagonal: Σ (σ₁ - σ₂)². In one dimension (μ₁ - μ₂)² + (σ₁ - σ₂)²."""
+    torch.manual_seed(0)
+    mean1, mean2, cov = torch.randn(30), torch.randn(30), random_covariance(30)
+    assert common.frechet_distance(mean1, cov, mean2, cov) == pytest.approx((mean1 - mean2).double().square().sum().item(), rel=1e-9)
+    assert common.frechet_distance(mean1, cov, mean1, cov) == pytest.approx(0, abs=1e-9)
+    sd1, sd2 = torch.rand(30).double(), torch.rand(30).double()
+    assert common.frechet_distance(mean1, sd1.diag()**2, mean1, sd2.diag()**2) == pytest.approx((sd1 - sd2).square().sum().item(), rel=1e-9)
+    one = lambda value: torch.tensor([[value]]).double()
+    assert common.frechet_distance(one(1)[0], one(4), one(3)[0], one(9)) == pytest.approx(4 + 1)
+
+@pytest.mark.parametrize("n, rank", [(12, 12), (40, 40), (40, 7), (200, 20)])
+def test_frechet_distance_against_another_formula(n, rank):
+    """tr (Σ₁Σ₂)^½ from the complex eigenvalues of the non-symmetric product; also where there are fewer samples than features."""
+    torch.manual_seed(n + rank)
+    cov1, cov2, mean1, mean2 = random_covariance(n, rank), random_covariance(n, rank), torch.randn(n).double(), torch.randn(n).double()
+    values = torch.linalg.eigvals(cov1 @ cov2)
+    root = values[values.abs() > 1e-10].sqrt().real.sum()
+    expected = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root
+    assert common.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected.item(), rel=1e-5)
+    assert common.frechet_distance(mean2, cov2, mean1, cov1) == pytest.approx(expected.item(), rel=1e-5)
+
+def test_inception_score_of_known_predictions():
+    """One-hot, all classes alike often: the number of classes. The same prediction for all: 1. By hand for two images."""
+    assert common.inception_score(torch.eye(8).repeat(10, 1)) == pytest.approx((8, 0))
+    assert common.inception_score(torch.full((30, 8), 1 / 8)) == pytest.approx((1, 0))
+    p, q = [0.9, 0.1], [0.4, 0.6]
+    middle = [(a + b) / 2 for a, b in zip(p, q)]
+    kl = sum(a * math.log(a / m) for row in (p, q) for a, m in zip(row, middle)) / 2
+    assert common.inception_score(torch.tensor([p, q]), splits=1) == pytest.approx((math.exp(kl), 0), rel=1e-6)
+    assert common.inception_score(torch.tensor([p, q])) == (1, 0)  # no more parts than images
+
+def test_inception_metrics_of_a_set_against_itself_and_another(monkeypatch):
+    """FID 0 and above 0, and beside them how many images they stand on; few of them give a warning."""
+    fake = lambda x: (x.flatten(1).float(), torch.nn.functional.one_hot(x[:, 0, 0, 0].long() % 2, 2) * 100.0)
+    images = torch.randint(256, (50, 1, 2, 2), dtype=torch.uint8)
+    references = {"train": common.feature_statistics(fake, [images]), "test": common.feature_statistics(fake, [images[:20] // 2])}
+    with pytest.warns(UserWarning, match="10,000"):
+        results = common.inception_metrics(fake, images.split(9), references)
+    assert results["fid_train"] == pytest.approx(0, abs=1e-6) and results["fid_test"] > 100
+    assert (results["fid_images"], results["fid_train_images"], results["fid_test_images"]) == (50, 50, 20)
+    assert 1.5 < results["inception_score"] < 2 and results["inception_score_sd"] > 0
+
+def test_reference_is_all_of_train_and_test(small_shapes, tmp_path):
+    images = load_images("shapes", tmp_path, 16)
+    seen = []
+    fake = lambda x: seen.append(x) or (x.flatten(1).float(), x.flatten(1).float())
+    statistics = common.reference_statistics(fake, images, "cpu")
+    assert [len(statistics[split][2]) for split in ("train", "test")] == [len(images.train) + len(images.valid), len(images.test)]
+    stored = np.concatenate([np.load(tmp_path / "shapes-16" / f"{split}.npy") for split in ("train", "test")])
+    assert np.array_equal(torch.cat(seen).permute(0, 2, 3, 1).numpy(), stored)
+
+def test_draws_are_as_many_as_asked_for():
+    class Model:
+        sample = staticmethod(lambda n: torch.full((n, 1, 2, 2), 1 / 255))
+    batches = list(common.draws(Model, 250))
+    assert [len(x) for x in batches] == [100, 100, 50] and (torch.cat(batches) == 128).all()
+
+def test_pixel_distance_by_hand():
+    """Black against white: one for each value; half a unit in one of twelve values: a quarter."""
+    assert common.pixel_distance(torch.full((2, 3, 2, 2), -1.0), torch.full((2, 3, 2, 2), 1.0)).tolist() == [12, 12]
+    x, y = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    y[0, 1, 0, 1] = 1
+    assert common.pixel_distance(x, y).item() == 0.25
+
+def test_vgg_features_are_relu4_3(tmp_path):
+    """The output of the third ReLU of the fourth group, of normalised images; bf16 autocast changes nothing; the distance is a mean."""
+    torch.manual_seed(0)
+    net, x = torchvision.models.vgg16().eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.save(net.state_dict(), tmp_path / "vgg.pth")
+    vgg = common.VGGFeatures(common.load_weights(common.VGG_URL, tmp_path / "vgg.pth", tmp_path))
+    h, relus = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), 0
+    with torch.no_grad():
+        for layer in net.features:
+            h, relus = layer(h), relus + isinstance(layer, torch.nn.ReLU)
+            if relus == 2 + 2 + 3 + 3:
+                break
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(vgg(x), h)
+    assert h.shape == (2, 512, 4, 4)
+    torch.testing.assert_close(common.perceptual_distance(vgg, x[:1], x[1:]), (h[0] - h[1]).square().mean().view(1), rtol=1e-4, atol=1e-6)
+
+def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
+    """The file is kept, its hash is that of its name; a file with another is refused and not kept."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / "w.pth").rename(tmp_path / f"net-{digest}.pth")
+    url = (tmp_path / f"net-{digest}.pth").as_uri()
+    assert common.load_weights(url, None, tmp_path / "data")["a"].tolist() == [1, 1]
+    (tmp_path / f"net-{digest}.pth").rename(tmp_path / "net-00000000.pth")
+    assert common.load_weights(url, None, tmp_path / "data")["a"].tolist() == [1, 1]  # from data/downloads
+    with pytest.raises(UserError, match="net-00000000.pth"):
+        common.load_weights((tmp_path / "net-00000000.pth").as_uri(), None, tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [f"net-{digest}.pth"]
+
+@pytest.mark.parametrize("load, name, flag", [(common.load_inception, "pt_inception-2015-12-05-6726825d.pth", "--inception_weights"),
+                                              (common.load_vgg, "vgg16-397923af.pth", "--vgg_weights")])
+def test_offline_one_line_names_file_address_and_place(load, name, flag, tmp_path, monkeypatch, capsys):
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    assert load(None, tmp_path, "cpu") is None
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "https://" in out and f"/{name}" in out and str(tmp_path / "downloads" / name) in out and flag in out
+    for content in (b"no weights", None):  # a file that was asked for and is wrong, damaged or of another network, is an error
+        path = tmp_path / "given.pth"
+        torch.save({"a": torch.ones(1)}, path) if content is None else path.write_bytes(content)
+        with pytest.raises(UserError):
+            load(path, tmp_path, "cpu")

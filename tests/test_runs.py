@@ -24,6 +24,7 @@ COMBOS = [("vae", dict(prior="normal", dataset="mnist")), ("vae", dict(prior="mo
           ("selfvae", dict(levels=2, prior="normal", size=32)), ("selfvae", dict(transform="sketch", prior="normal"))]
 COMBOS += [(script, {}) for script in SCRIPTS if script not in ("vae", "selfvae")]
 COMBOS += [("realnvp", dict(dataset="mnist")), ("realnvp", dict(dataset="moons"))]
+COMBOS += [("dcvae", dict(loss="vae", dataset="mnist")), ("dcvae", dict(loss="vaegan", gan="log")), ("dcvae", dict(loss="contrastive", patch_after=1))]
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
 
@@ -46,6 +47,11 @@ def decoded(path):
 def records(folder):
     """The lines of log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def score(record):
+    """One number of a line of log.jsonl that every step changes."""
+    return record["bpd"] if "bpd" in record else record["kl"]
 
 
 def load(path):
@@ -89,7 +95,8 @@ def test_run_is_complete(finished):
     for record in records(folder):
         assert all(math.isfinite(value) for key, value in record.items() if key != "split")
     assert load(folder / "last.pt").keys() >= {"script", "config", "state", "model", "optimizer", "rng"}
-    assert load(folder / "best.pt")["script"] == script
+    kept = "best.pt" if script != "dcvae" else "last.pt"  # without FID no number there says which step is best
+    assert load(folder / kept)["script"] == script and (folder / "best.pt").exists() == (script != "dcvae")
     assert list(folder.rglob("*.tmp")) == []
     for path in ("curves.png", "samples/000002.png", "samples/000003.png", "samples/test.png"):
         assert decoded(folder / path).std() > 0, path
@@ -159,6 +166,23 @@ def test_realnvp_results_and_figures(finished):
         assert figures == {"samples/test", "samples/test-temperature0.7", "interpolations/test", "reconstructions/test"}
 
 
+def test_dcvae_results_and_figures(finished):
+    """What each number stands on, a probe of the codes and of the pixels, and a figure each."""
+    script, folder, _, _ = finished
+    if script != "dcvae":
+        return
+    results, size = json.loads((folder / "results.json").read_text()), folder_images(finished).shape[1]
+    assert results.keys() >= {"pixel_distance", "kl", "kl_per_dim", "active", "test_images", "code", "clamp", "ema", "parameters",
+                              "probe_error_percent", "probe_error_percent_ci95", "pixels_error_percent", "seconds_1", "seconds_100"}
+    assert results["kl_per_dim"] == pytest.approx(results["kl"] / 128) and results["test_images"] == 16 and results["code"] == "mean"
+    valid = [record for record in records(folder) if record["split"] == "valid"][-1]
+    assert valid.keys() == {"step", "split", "seconds", "pixel_distance", "kl", "kl_per_dim", "active"}
+    figures = {str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/test*.png")}
+    assert figures == {"samples/test", "reconstructions/test", "interpolations/test", "mixing/test", "editing/test-0-1"}
+    corner = decoded(folder / "mixing" / "test.png")[2:2 + size, 2:2 + size]
+    assert (corner == 255).all() and decoded(folder / "mixing" / "test.png").shape == decoded(folder / "interpolations" / "test.png").shape
+
+
 FIGURES = {("downscale", 0): set(), ("downscale", 1): {"superresolution", "variations"},
            ("downscale", 2): {"superresolution", "variations"}, ("sketch", 1): {"variations"}}
 
@@ -200,7 +224,7 @@ def test_logged_keys_are_explained(finished):
 
 def test_eval_rewrites_results_only(finished):
     script, folder, line, _ = finished
-    kept = ["config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"]
+    kept = [name for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "curves.png") if (folder / name).exists()]
     before, times = tree(folder), [(folder / name).stat().st_mtime_ns for name in kept]
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").unlink()
@@ -218,7 +242,7 @@ def test_eval_rewrites_results_only(finished):
 
 def cheap(script, **flags):
     """The cheapest model of a script."""
-    return {"vae": dict(prior="normal"), "selfvae": dict(prior="normal", levels=1)}.get(script, {}) | flags
+    return {"vae": dict(prior="normal"), "selfvae": dict(prior="normal", levels=1), "dcvae": dict(d_steps=2)}.get(script, {}) | flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -232,7 +256,7 @@ def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path):
     assert whole["state"]["step"] == parts["state"]["step"] == 6
     for part in ("model", "optimizer", "rng"):
         assert equal(whole[part], parts[part]), part
-    rows = {name: {(r["split"], r["step"]): r["bpd"] for r in records(tmp_path / "runs" / name)} for name in ("whole", "parts")}
+    rows = {name: {(r["split"], r["step"]): score(r) for r in records(tmp_path / "runs" / name)} for name in ("whole", "parts")}
     assert len(records(tmp_path / "runs" / "parts")) == len(rows["parts"])  # none twice
     assert rows["parts"].pop(("valid", 3)) and rows["parts"] == rows["whole"]
 
@@ -261,7 +285,7 @@ def test_same_seed_same_run(script, run, tmp_path):
 def test_bf16(script, run, tmp_path):
     assert run(script, name="bf16", dtype="bf16", steps=2, **cheap(script)) == 0
     assert run(script, name="fp32", dtype="fp32", steps=2, **cheap(script)) == 0
-    bf16, fp32 = (records(tmp_path / "runs" / name)[-1]["bpd"] for name in ("bf16", "fp32"))  # at step 1 a flow is the identity
+    bf16, fp32 = (score(records(tmp_path / "runs" / name)[-1]) for name in ("bf16", "fp32"))  # at step 1 a flow is the identity
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.02)
     weights = load(tmp_path / "runs" / "bf16" / "last.pt")["model"].values()
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
@@ -312,8 +336,8 @@ def broken(script, step, name="re_x"):
         """Counts the calls with gradients: those are training."""
         calls = 0
 
-        def terms(self, x):
-            terms = super().terms(x)
+        def terms(self, *arguments):
+            terms = super().terms(*arguments)
             if torch.is_grad_enabled():
                 self.calls += 1
                 if self.calls == step:
@@ -322,7 +346,8 @@ def broken(script, step, name="re_x"):
     return Broken
 
 
-@pytest.mark.parametrize("script, every, term", [("vae", 1, "re_x"), ("vae", 2, "re_x"), ("selfvae", 1, "re_x"), ("realnvp", 1, "volume")])
+@pytest.mark.parametrize("script, every, term", [("vae", 1, "re_x"), ("vae", 2, "re_x"), ("selfvae", 1, "re_x"), ("realnvp", 1, "volume"),
+                                                 ("dcvae", 1, "kl")])
 def test_not_finite(script, every, term, run, tmp_path, capsys):
     """Noticed at the step, or, with fewer reports, at the next one; it is the same step that is named."""
     assert run(script, broken(script, 3, term), name="nan", steps=8, log_every=every, save_every=every, **cheap(script)) == 1
@@ -400,6 +425,38 @@ def test_size_that_the_flow_does_not_halve(refused, pictures):
     refused("realnvp", "size 17 is no multiple of 2", dataset=pictures, size=17)
     line = ["--dataset", str(pictures), "--size", "36"]  # without --small, beyond 32, it halves three times
     assert call("realnvp", line) == 2
+
+
+def test_dcvae_refuses(refused, pictures):
+    refused("dcvae", "size 20 is no multiple of 8", dataset=pictures, size=20)
+    refused("dcvae", "--contrast_layers b9", contrast_layers="b9")
+    refused("dcvae", "--label_column 7", label_column=7)
+    refused("dcvae", "--label_value 9", label_value=9)
+    refused("dcvae", "invalid choice: 'gan'", loss="gan")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fid(script, run, tmp_path, monkeypatch, capsys):
+    """With weights: both references, and for dcvae a best checkpoint and reconstructions. Offline: one line, and a run without FID."""
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    assert run(script, name="without", fid=3, **cheap(script)) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "no FID" in line]
+    assert told and "pt_inception" in told[0] and "fid_train" not in json.loads((tmp_path / "runs" / "without" / "results.json").read_text())
+    mean_colours = lambda self, weights: torch.nn.Module.__init__(self)
+    monkeypatch.setattr(common.InceptionFeatures, "__init__", mean_colours)
+    monkeypatch.setattr(common.InceptionFeatures, "forward", lambda self, x: (x.float().mean((2, 3)), x.float().mean((2, 3)) / 100))
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match="10,000"):
+        assert run(script, name="with", fid=5, inception_weights=tmp_path / "weights.pth", **cheap(script)) == 0
+    results = json.loads((tmp_path / "runs" / "with" / "results.json").read_text())
+    assert (results["fid_images"], results["fid_train_images"], results["fid_test_images"]) == (5, 60, 16)
+    assert results["fid_train"] > 0 and results["fid_test"] > 0 and results["inception_score"] >= 1
+    if script == "dcvae":
+        assert (results["reconstruction_fid_images"], results["reconstruction_fid_test_images"]) == (16, 16)
+        best = load(tmp_path / "runs" / "with" / "best.pt")["state"]["best"]
+        assert best == [record for record in records(tmp_path / "runs" / "with") if record["split"] == "valid"][-1]["fid_valid"]
 
 
 def test_more_levels_than_halvings(refused):

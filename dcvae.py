@@ -1,0 +1,745 @@
+"""DC-VAE, with its ablations VAE, VAE/GAN and VAE-Contrastive on one backbone (Parmar et al. 2021).
+
+    generative model   z ~ N(0, 1), x̃ = decoder(z)              no likelihood is evaluated: the losses judge images
+    inference model    q(z|x) = N(μ(x), σ²(x)), x̂ = decoder(z)   for z ~ q(z|x), the reconstruction
+    losses             --loss vae          pixel   + kl          Eq. 1      what each minimises over encoder and decoder;
+                       --loss vaegan       feature + kl + gan    Eqs. 3-5   D, the discriminator, works against gan
+                       --loss contrastive  contrast + kl         Eqs. 6, 8  and itself lowers contrast
+                       --loss dcvae        contrast + kl + gan   Eq. 9
+
+    python dcvae.py --small --steps 400              built-in shapes, minutes on a laptop
+    python dcvae.py --dataset cifar10                the paper's size, for a GPU; Table 1 reports FID 17.9
+    python dcvae.py --dataset mnist --latent 16      representation: Table 6 reports 1.30 % errors of a linear classifier
+
+arXiv:2011.10063. Derivation, logged keys, differences from the paper: docs/dcvae.md. Measured results: docs/results.md.
+
+    B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
+    x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent · D(x) (B,) score, > 0: looks real
+"""
+
+import argparse, contextlib, copy, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.utils import save_image
+
+from common import (Batches, UserError, draws, feature_statistics, inception_metrics, load_images, load_inception, load_vgg,
+                    perceptual_distance, pixel_distance, quantize, reference_statistics, seconds_to_sample, to_uint8)
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+# Copied from vae.py: flag
+def flag(default, help, **metadata):
+    """A Config field: its default and help; in metadata its `choices`, or `low`, the least value allowed (default 1)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+# Changed from vae.py: four losses, the discriminator's game, the contrast
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's for CIFAR-10; where it is silent, its released code's."""
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    size: int = flag(None, "side of the images in pixels, a multiple of 8 (default: the dataset's own)")
+    loss: str = flag("dcvae", "the four models of Table 1", choices=("vae", "vaegan", "contrastive", "dcvae"))
+    latent: int = flag(128, "dimensions of z")
+    small: bool = flag(False, "the same networks narrowed for a laptop CPU")
+    epochs: int = flag(800, "passes over the training images")
+    steps: int = flag(None, "training steps, each one update of encoder and decoder (overrides --epochs)")
+    batch_size: int = flag(64, "images an update")
+    d_steps: int = flag(5, "updates of the discriminator a step, each on a batch of its own")
+    lr: float = flag(2e-4, "Adam's learning rate, constant", low=0)
+    kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)", low=0)
+    gan: str = flag("hinge", "set-level loss: hinge, as released, or log, as in Eq. 4", choices=("hinge", "log"))
+    negatives: int = flag(8096, "K, images that the right one is told from")
+    temperature: float = flag(0.07, "of the contrast", low=1e-3)
+    momentum: float = flag(0.999, "of the discriminator's average, which embeds real images for the contrast", low=0)
+    contrast_layers: str = flag("b1,final", "where the contrast is taken: blocks b1 … b4 and final, the last features")
+    patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)", low=0)
+    ema: float = flag(0.999, "of the decoder's average, which draws all figures and is evaluated", low=0)
+    seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the losses")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    resume: bool = flag(False, "continue the run in that folder")
+    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    save_every: int = flag(1000, "steps between checkpoints")
+    fid: int = flag(None, "samples for FID and Inception Score, the paper's 50000; adds perceptual distance (default: none of these)")
+    inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
+    vgg_weights: str = flag(None, "VGG-16 weights for --fid (default: downloaded to --data_dir)")
+    clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
+    draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
+    label_column: int = flag(0, "probe and editing: which column of the labels, where there are several", low=0)
+    label_value: int = flag(1, "editing: the label that is added", low=0)
+    free = "vgg_weights clamp draw_code label_column label_value"  # flags of the evaluation
+
+    def __post_init__(self):
+        if self.kl_weight is None:  # released: 1e-6 times a sum over 64 images
+            self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
+
+    @property
+    def variant(self):
+        return f"{self.loss}-z{self.latent}" + "-small" * self.small
+
+# ---- Building blocks: residual blocks down, AutoGAN's cells up (A.5, Figure 15) -------------------------------------------
+class DownBlock(nn.Module):
+    """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W), or half of H and W. The first takes an image, no ReLU."""
+    def __init__(self, c_in, c_out, first=False, halve=False):
+        super().__init__()
+        self.first, self.halve = first, halve
+        self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve else nn.Identity()
+
+    def forward(self, h):
+        out = self.conv2(F.relu(self.conv1(h if self.first else F.relu(h))))
+        if self.halve:
+            out, h = F.avg_pool2d(out, 2), F.avg_pool2d(h, 2)  # a 1x1 conv of means is the mean of 1x1 convs, and cheaper
+        return out + self.shortcut(h)
+
+def down_blocks(channels, width):
+    """The four blocks of encoder and discriminator: (B, C, H, W) -> (B, width, H/4, W/4)."""
+    return nn.ModuleList([DownBlock(channels, width, first=True, halve=True), DownBlock(width, width, halve=True),
+                          DownBlock(width, width), DownBlock(width, width)])
+
+class UpCell(nn.Module):
+    """AutoGAN's cell: doubles the side of h (B, width, H, W) and adds what earlier cells found at their sizes.
+
+    Returns its output and `skip`, the input of its second conv, which already contains the skips of cells before it.
+    """
+    def __init__(self, width, mode, skips, shortcut):
+        super().__init__()
+        self.mode = mode
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(skips))
+        self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
+
+    def forward(self, h, skips):
+        enlarge = lambda h: F.interpolate(h, size=size, mode=self.mode)
+        size = (2 * h.shape[2], 2 * h.shape[3])
+        skip = self.conv1(enlarge(F.relu(h)))
+        for conv, earlier in zip(self.skips, skips):
+            skip = skip + enlarge(conv(earlier))  # enlarged after the 1x1 conv: the same values, a quarter of the work
+        out = self.conv2(F.relu(skip))
+        return (out if self.shortcut is None else out + enlarge(self.shortcut(h))), skip
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+FEATURES = 16  # "the contrastive embedding dimension" (5.1), and what D's score is computed from
+BLOCKS = ("b1", "b2", "b3", "b4")
+
+class Encoder(nn.Module):
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32. log σ² ends at 20, before exp overflows."""
+    def __init__(self, channels, width, latent):
+        super().__init__()
+        self.blocks = down_blocks(channels, width)
+        self.linear = spectral_norm(nn.Linear(width, 2 * latent, bias=False))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        mean, log_var = self.linear(F.relu(x).sum((2, 3))).float().chunk(2, 1)
+        return mean, log_var.clamp(max=20)
+
+def start_side(size):
+    """Side of the decoder's first map, size / 8. UserError if `size` is no multiple of 8."""
+    if size % 8:
+        raise UserError(f"size {size} is no multiple of 8, as three doublings need: take 32, 48 …")
+    return size // 8
+
+class Decoder(nn.Module):
+    """z (B, L) -> image (B, C, size, size) in [-1, 1], fp32. One batch norm, before the last conv."""
+    def __init__(self, latent, width, channels, size):
+        super().__init__()
+        side = start_side(size)
+        self.enter = nn.Sequential(nn.Linear(latent, width * side**2), nn.Unflatten(1, (width, side, side)))
+        self.cells = nn.ModuleList([UpCell(width, "nearest", 0, True), UpCell(width, "bilinear", 1, True), UpCell(width, "nearest", 2, False)])
+        self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, z):
+        h, skips = self.enter(z), []
+        for cell in self.cells:
+            h, skip = cell(h, skips)
+            skips.append(skip)
+        return torch.tanh(self.leave(h).float())
+
+class Discriminator(nn.Module):
+    """Image (B, C, size, size) -> score D(x) (B,), > 0 for real, and features for the contrast, {layer: (B, features)} (4.2).
+
+    `final` are the 16 values that the score is computed from. A block in `layers` has a head, 1x1 conv to one channel and linear
+    to 16 (deep supervision). With `where`, (4, 2) in [0, 1), patch_b1 … are each block's channels at one place (local patches).
+    """
+    def __init__(self, channels, width, size, layers):
+        super().__init__()
+        self.blocks = down_blocks(channels, width)
+        self.linear = spectral_norm(nn.Linear(width, FEATURES, bias=False))
+        self.score = spectral_norm(nn.Linear(FEATURES, 1))
+        cells = {name: (size // (2 if name == "b1" else 4))**2 for name in BLOCKS}  # of a block's output
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Conv2d(width, 1, 1), nn.Flatten(), nn.Linear(cells[name], FEATURES, bias=False))
+                                    for name in layers if name in BLOCKS})
+        for head in self.heads.values():
+            nn.init.xavier_uniform_(head[0].weight)
+
+    def forward(self, h, where=None):
+        features = {}
+        for i, (name, block) in enumerate(zip(BLOCKS, self.blocks)):
+            h = block(h)
+            if name in self.heads:
+                features[name] = self.heads[name](h)
+            if where is not None:
+                row, column = (where[i] * h.shape[2]).long()
+                features[f"patch_{name}"] = h[:, :, row, column]
+        features["final"] = self.linear(F.relu(h).sum((2, 3)))
+        return self.score(features["final"]).squeeze(1).float(), features
+
+# ---- Losses: instance level, one of pixel, feature, contrast; set level, gan; all (B,) per image, fp32 ----------------------
+def gaussian_kl(mean, log_var):
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ (μ² + σ² - 1 - log σ²), for each dimension: (B, L) twice -> (B, L) in nats."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+
+def info_nce(query, positive, negatives, temperature):
+    """-log of the share that the positive has in Σ_j exp(cos(query, key_j)/τ) (Eq. 6), and whether it is the most similar.
+
+    query (B, d); positive (B, d) and negatives (K, d), of length 1 -> nats (B,), 1 or 0 (B,). log(1 + K) by pure guessing.
+    """
+    with torch.autocast(query.device.type, enabled=False):  # cosines in fp32, or bf16 would round them to 1/256
+        query = F.normalize(query.float(), dim=1)
+        right, wrong = (query * positive).sum(1, keepdim=True), query @ negatives.T
+        # NOTE(paper): Eq. 6 has no temperature. Cosines are at most 1: without one, the right of 8097 keys could have a share of
+        # e²/8096 at most, and the loss could not fall by more than 2 nats.
+        logits = torch.cat([right, wrong], 1) / temperature
+        return torch.logsumexp(logits, 1) - logits[:, 0], (right > wrong.amax(1, keepdim=True)).float().squeeze(1)
+
+def discriminator_gan(kind, real, reconstructed, sampled):
+    """What D minimises, from scores (B,) of real images, reconstructions and samples -> (B,). log: minus Eq. 4, D(x) = σ(score)."""
+    if kind == "log":
+        return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
+    # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of fakes by one half.
+    return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
+
+def generator_gan(kind, reconstructed, sampled):
+    """What encoder and decoder minimise: scores of reconstructions (B,) and samples (any number, averaged) -> (B,). log: Eq. 4."""
+    if kind == "log":
+        return -F.softplus(reconstructed) - F.softplus(sampled).mean()
+    return -0.5 * reconstructed - 0.5 * sampled.mean()
+
+@torch.no_grad()
+def follow(average, model, decay):
+    """Exponential moving average of parameters and of buffers, batch norm's statistics too: average ← decay·average + (1 - decay)·model."""
+    for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
+        slow.lerp_(fast, 1 - decay) if slow.is_floating_point() else slow.copy_(fast)
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels of the decoder; of encoder and discriminator
+
+def contrast_layers(cfg):
+    """--contrast_layers as a tuple. UserError for one that does not exist."""
+    layers = tuple(cfg.contrast_layers.split(","))
+    if not set(layers) <= {*BLOCKS, "final"} or len(set(layers)) < len(layers):
+        raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of {','.join(BLOCKS)},final, each once, with commas")
+    return layers
+
+class DCVAE(nn.Module):
+    """Encoder, decoder, discriminator and what --loss needs beside them, for images of shape (C, H, W), H = W a multiple of 8."""
+    def __init__(self, cfg, image_shape):
+        super().__init__()
+        channels, size, _ = image_shape
+        self.cfg = cfg
+        self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight, "d_gan": 1, "d_contrast": 1}  # of losses
+        self.adversarial, self.contrastive = cfg.loss in ("vaegan", "dcvae"), cfg.loss in ("contrastive", "dcvae")
+        wide, narrow = WIDTHS["small" if cfg.small else "full"]
+        self.encoder = Encoder(channels, narrow, cfg.latent)
+        self.decoder = Decoder(cfg.latent, wide, channels, size)
+        # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with the first block, as here.
+        layers = contrast_layers(cfg) if self.contrastive else ()
+        self.discriminator = Discriminator(channels, narrow, size, layers) if cfg.loss != "vae" else None
+        self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
+        if self.contrastive:  # keys come from a slow copy of D, so that those in the queue fit together (He et al. 2020)
+            self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
+            widths = dict.fromkeys(layers, FEATURES) | dict.fromkeys([f"patch_{name}" for name in BLOCKS] * (cfg.patch_after is not None), narrow)
+            self.queue = nn.ParameterDict({name: nn.Parameter(F.normalize(torch.randn(cfg.negatives, d), dim=1), requires_grad=False)
+                                           for name, d in widths.items()})
+            self.register_buffer("queued", torch.tensor(0))
+        self.train()
+
+    def train(self, mode=True):
+        """As nn.Module.train, but the averaged decoder always uses its averaged batch statistics."""
+        super().train(mode)
+        self.averaged_decoder.eval()
+        return self
+
+    # -- losses ----------------------------------------------------------------------------------------------------------
+    def terms(self, x, keys=None):
+        """What encoder and decoder minimise, the KL times --kl_weight: x (B, C, H, W) -> {name: (B,)}. `keys`: see encode_keys."""
+        mean, log_var = self.encoder(x)
+        z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
+        if self.adversarial:  # twice as many samples as reconstructions, as released
+            z = torch.cat([z, torch.randn(2 * len(x), self.cfg.latent, device=x.device)])
+        images = self.decoder(z)
+        x_hat, terms = images[:len(x)], {}
+        if self.cfg.loss == "vae":
+            terms["pixel"] = (x - x_hat).square().sum((1, 2, 3))  # -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
+        else:
+            where, keys = keys or (None, {})
+            scores, features = self.discriminator(images, where)
+            if self.cfg.loss == "vaegan":
+                terms["feature"] = (self.discriminator(x)[1]["final"] - features["final"][:len(x)]).float().square().sum(1)
+            else:
+                terms["contrast"], _ = self.contrast({name: values[:len(x)] for name, values in features.items()}, keys)
+            if self.adversarial:
+                terms["gan"] = generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):])
+        terms["kl"] = gaussian_kl(mean, log_var).sum(1)
+        return terms
+
+    def discriminator_terms(self, x, keys=None):
+        """What D minimises, d_gan and, where keys are given, d_contrast; beside them what shows its health: x -> {name: (B,)}."""
+        with torch.no_grad():  # neither encoder nor decoder learns here
+            mean, log_var = self.encoder(x)
+            z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
+            fakes = self.decoder(torch.cat([z, torch.randn_like(z)] if self.adversarial else [z]))
+        where, keys = keys or (None, {})
+        scores, features = self.discriminator(torch.cat([x, fakes] if self.adversarial else [fakes]), where)
+        terms = {}
+        if self.adversarial:
+            terms["real"], terms["reconstructed"], terms["sampled"] = scores.chunk(3)
+            terms["d_gan"] = discriminator_gan(self.cfg.gan, *terms.values())
+        if keys:
+            # NOTE(paper): Eq. 9 has max over D of all terms, but a critic that learns log p(x|z) must lower the contrast (Eq. 7).
+            first = len(x) if self.adversarial else 0
+            terms["d_contrast"], terms["accuracy"] = self.contrast({name: f[first:first + len(x)] for name, f in features.items()}, keys)
+        return terms
+
+    def contrast(self, features, keys):
+        """InfoNCE of reconstructions' features {layer: (B, d)} against `keys` of their originals, mean over layers -> nats, hits (B,)."""
+        pairs = [info_nce(features[name], key, self.queue[name], self.cfg.temperature) for name, key in keys.items()]
+        return tuple(torch.stack(values).mean(0) for values in zip(*pairs))
+
+    @torch.no_grad()
+    def encode_keys(self, x, patches=False):
+        """Real images' keys from the momentum network, after it moved: x (B, C, H, W) -> place of the patches, {layer: (B, d)}."""
+        follow(self.momentum_discriminator, self.discriminator, self.cfg.momentum)
+        where = torch.rand(len(BLOCKS), 2, device=x.device) if patches else None
+        features = self.momentum_discriminator(x, where)[1]
+        return where, {name: F.normalize(features[name].float(), dim=1) for name in self.queue if name in features}
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Put keys {layer: (B, d)} in place of the oldest negatives."""
+        for name, key in keys.items():
+            key = key[-self.cfg.negatives:]
+            at = (self.queued + torch.arange(len(key), device=key.device)) % self.cfg.negatives
+            self.queue[name][at] = key
+        self.queued.add_(len(key)).remainder_(self.cfg.negatives)
+
+    # -- images ----------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def decode(self, z):
+        """z (B, L) -> image by the averaged decoder (B, C, H, W), on the 256-level grid."""
+        return quantize(self.averaged_decoder(z))
+
+    @torch.no_grad()
+    def sample(self, n):
+        """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), on the 256-level grid."""
+        z = torch.randn(n, self.cfg.latent, device=next(self.parameters()).device)
+        return self.decode(z.clamp(-1, 1) if self.cfg.clamp else z)
+
+    @torch.no_grad()
+    def encode(self, x, draw=False):
+        """The mean of q(z|x) or a draw from it: (B, C, H, W) -> (B, L)."""
+        mean, log_var = self.encoder(x)
+        return mean + torch.exp(0.5 * log_var) * torch.randn_like(mean) if draw else mean
+
+    def reconstruct(self, x):
+        """x̂ from the mean of q(z|x), with --draw_code from a draw: (B, C, H, W) -> same, on the 256-level grid."""
+        return self.decode(self.encode(x, self.cfg.draw_code))
+
+    def interpolate(self, x1, x2, steps=8):
+        """Images along the line between the codes of x1 and x2 (A.2): (B, C, H, W) -> (B, steps, C, H, W)."""
+        z1, z2 = self.encode(x1), self.encode(x2)
+        return torch.stack([self.decode(torch.lerp(z1, z2, i / (steps - 1))) for i in range(steps)], 1)
+
+    def mix(self, x1, x2):
+        """Each x1's code with a random half of its dimensions, always the same, from each x2's (Figure 12): (B1, C, H, W) and
+        (B2, C, H, W) -> (B1, B2, C, H, W)."""
+        theirs = torch.randperm(self.cfg.latent, device=x1.device) < self.cfg.latent // 2
+        z = torch.where(theirs, self.encode(x2), self.encode(x1).unsqueeze(1))
+        return self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def edit(self, x, direction, amounts):
+        """Images at x's code plus amounts times `direction` (L,) (A.2): (B, C, H, W) -> (B, len(amounts), C, H, W)."""
+        return torch.stack([self.decode(self.encode(x) + amount * direction) for amount in amounts], 1)
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+# Changed from vae.py: two players, no bound
+def train(cfg, model, images, folder, checkpoint):
+    """The game of Eq. 9, or the part of it that --loss has. Returns False where Ctrl-C or SIGTERM ended it early.
+
+    A step is --d_steps updates of D, each on a batch of its own, then one of encoder and decoder on the last of these batches.
+    """
+    d_steps = cfg.d_steps if model.adversarial else 1
+    data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed)  # no augmentation, as released
+    valid = Batches(images.valid, cfg.batch_size, cfg.device)
+    total = cfg.steps or cfg.epochs * data.per_epoch
+    # One Adam for both players: it skips what has no gradient, and counts each parameter's updates for itself.
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.0, 0.9))
+    creators = [*model.encoder.parameters(), *model.decoder.parameters()]
+    critics = list(model.discriminator.parameters()) if model.discriminator else []
+    state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
+    terms_of, discriminator_terms_of = (torch.compile(f) if cfg.compile else f for f in (model.terms, model.discriminator_terms))
+    inception = load_inception(cfg.inception_weights, cfg.data_dir, cfg.device) if cfg.fid else None
+    references = {"valid": feature_statistics(inception, map(to_uint8, valid))} if inception else {}
+
+    def update(players, terms):
+        """One step of Adam for these parameters, the others held fixed."""
+        optimizer.zero_grad()
+        sum(weight * terms[name].mean() for name, weight in model.weights.items() if name in terms).backward(inputs=players)
+        optimizer.step()
+        rows[-1] |= {name: values.detach().mean() for name, values in terms.items()}
+
+    with stop_requests() as stop:
+        for step in range(state["step"] + 1, total + 1):
+            rows.append({})
+            keys, batches = None, data.batch(step - 1).chunk(d_steps)
+            for x in batches:
+                with autocast(cfg):
+                    if model.contrastive and x is batches[-1]:  # D lowers the contrast as often as encoder and decoder do
+                        keys = model.encode_keys(x, cfg.patch_after is not None and step > cfg.patch_after)
+                    terms = discriminator_terms_of(x, keys) if critics else {}
+                if terms:
+                    update(critics, terms)
+            with autocast(cfg):
+                terms = terms_of(x, keys)
+            update(creators, terms)
+            if keys:
+                model.enqueue(keys[1])
+            follow(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))  # a short run's average is of its end too
+            state["step"] = step
+            stopping = bool(stop)  # read once: a later request ends the next step
+            log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
+                report(folder, state, "train", rows, total, data)
+                rows = []
+            if validate:
+                with inference(cfg), evaluating(model):
+                    row = distances(model, valid)
+                    if inception:
+                        row |= inception_metrics(inception, draws(model, min(cfg.fid, len(images.valid))), references)
+                    report(folder, state, "valid", [row], total, data)
+                    draw(cfg, model, images.valid, folder, f"{step:06d}")
+                if row.get("fid_valid", math.inf) < state["best"]:  # without FID no number says which step is best
+                    state["best"] = row["fid_valid"]
+                    save(folder / "best.pt", cfg, model, optimizer, state)
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
+            if keep or stopping:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+            if stopping:
+                return step == total
+    return True
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Inside, batch norm uses its averages, and spectral norm leaves its vectors as they are."""
+    model.eval()
+    yield
+    model.train()
+
+# Copied from vae.py: stop_requests
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
+    asked = []
+    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# Copied from vae.py: autocast
+def autocast(cfg):
+    """The networks' precision, --dtype."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+# Copied from vae.py: inference
+@contextlib.contextmanager
+def inference(cfg):
+    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
+    device = torch.device(cfg.device)
+    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with torch.no_grad(), autocast(cfg), fork:
+        torch.manual_seed(cfg.seed)
+        yield
+
+# Changed from vae.py: losses of two players, a curve for each, no bound
+def report(folder, state, split, rows, total, data):
+    """Average rows [{key: value}] for the console, log.jsonl and curves.png.
+
+    Raises FloatingPointError, naming step and keys, where a row is not finite.
+    """
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    for step, row in enumerate(values, state["step"] - len(rows) + 1):
+        if not all(map(math.isfinite, row)):
+            raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
+    means = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
+    step, before = state["step"], state["seconds"]
+    state["seconds"] = time.perf_counter() - state["start"]
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "split": split, **means, "seconds": state["seconds"]}) + "\n")
+    rate = len(rows) * data.batch_size / (state["seconds"] - before)
+    spent, left = (timedelta(seconds=int(state["seconds"] * n / step)) for n in (step, total - step))
+    screen = sys.stdout.isatty()  # there, a train line overwrites the one before
+    print("\r\033[K" * screen + f"epoch {(step - 1) // data.per_epoch + 1}  step {step}/{total}  {split} "
+          + "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+          + (f"  {rate:.0f} img/s  {spent} < {left}" if split == "train" else ""),
+          end="" if screen and split == "train" and step < total else "\n", flush=True)
+    if split == "valid":
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        keys = list(dict.fromkeys(key for record in records for key in record if key not in ("step", "split", "seconds")))
+        figure = Figure(figsize=(12, 2.5 * math.ceil(len(keys) / 4)), layout="constrained")
+        for key, axes in zip(keys, figure.subplots(math.ceil(len(keys) / 4), 4, squeeze=False).flat):
+            for name in ("train", "valid"):
+                axes.plot(*zip(*((r["step"], r[key]) for r in records if r["split"] == name and key in r)) or ([], []), marker=".", label=name)
+            axes.set_title(key)
+        figure.savefig(folder / "curves.png")
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+def distances(model, batches, vgg=None):
+    """x against x̂, means over a split: pixel and, with VGGFeatures, perceptual distance; the KL in nats per image and per latent
+    dimension, and in how many dimensions it is above 0.05 nats."""
+    pixel, perceptual, kl = [], [], []
+    for x in batches:
+        x_hat = model.reconstruct(x)
+        pixel.append(pixel_distance(x, x_hat))
+        perceptual += [perceptual_distance(vgg, x, x_hat)] if vgg else []
+        kl.append(gaussian_kl(*model.encoder(x)))
+    kl = torch.cat(kl).mean(0)  # (L,)
+    return {"pixel_distance": torch.cat(pixel).mean().item(), **({"perceptual_distance": torch.cat(perceptual).mean().item()} if vgg else {}),
+            "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(), "active": (kl > 0.05).sum().item()}
+
+def factor(cfg, images, split):
+    """The labels of a split in --label_column, as int64 (N,). UserError where there is none, or none that is --label_value."""
+    labels = images.labels[split].reshape(len(images.labels[split]), -1)
+    if cfg.label_column >= labels.shape[1]:
+        raise UserError(f"--label_column {cfg.label_column}: the labels of {images.name} have columns 0 to {labels.shape[1] - 1}")
+    labels = torch.from_numpy(labels[:, cfg.label_column].astype(np.int64))
+    if not 0 < (labels == cfg.label_value).sum() < len(labels):
+        raise UserError(f"--label_value {cfg.label_value}: the labels of {images.name} are {labels.unique().tolist()}")
+    return labels
+
+def linear_probe(train, train_labels, test, test_labels, seeds=5, epochs=20):
+    """Errors in percent of a linear classifier of features (N, d), labels (N,) int64, on the test set -> mean over seeds, half the
+    width of its 95 % interval (Table 6): softmax regression on standardised features by Adam, rate 0.01 falling to 0."""
+    mean, sd = train.mean(0), train.std(0).clamp(min=0.01)  # no division by 0 where a feature is constant
+    train, test = (train - mean) / sd, (test - mean) / sd
+    errors = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        linear = nn.Linear(train.shape[1], int(train_labels.max()) + 1).to(train.device)
+        optimizer = torch.optim.Adam(linear.parameters())
+        for epoch in range(epochs):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - epoch / epochs)
+            for index in torch.randperm(len(train), device=train.device).split(500):
+                loss = F.cross_entropy(linear(train[index]), train_labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        errors.append(100 * (linear(test).argmax(1) != test_labels).double().mean())
+    errors = torch.stack(errors)
+    return errors.mean().item(), 2.776 * errors.std().item() / len(errors)**0.5  # Student's t, four degrees of freedom
+
+def probe(cfg, model, images):
+    """Table 6: test errors of a linear classifier on codes, the means of q(z|x), and of the same on pixels; {} without labels."""
+    if images.labels is None:
+        return {}
+    codes, pixels, labels = {}, {}, {}
+    for split in ("train", "test"):
+        with inference(cfg), evaluating(model):
+            batches = Batches(getattr(images, split)[:60_000], 500, cfg.device)  # enough for a line, and pixels fit into memory
+            codes[split] = torch.cat([model.encode(x) for x in batches])
+            pixels[split] = torch.cat([x.flatten(1) for x in batches])
+        labels[split] = factor(cfg, images, split)[:60_000].to(cfg.device)
+    results = {}
+    for name, features in ("probe", codes), ("pixels", pixels):
+        error, half = linear_probe(features["train"], labels["train"], features["test"], labels["test"])
+        results |= {f"{name}_error_percent": error, f"{name}_error_percent_ci95": half}
+    return results
+
+# Changed from vae.py: codes instead of noise
+def draw(cfg, model, images, folder, name):
+    """The figures `name`: samples/, 64 draws; reconstructions/, rows x, x̂, x, x̂ …"""
+    name += "-clamp" * cfg.clamp + ".png"
+    x = next(iter(Batches(images[:32], 32, cfg.device)))
+    save_grid(folder / "samples" / name, model.sample(64))
+    save_grid(folder / "reconstructions" / name.replace("-clamp", "-draw" * cfg.draw_code), x, model.reconstruct(x))
+
+def draw_latent_space(cfg, model, images, folder):
+    """interpolations/, one a row; mixing/, the top row's images put into those on the left; editing/, rows x and x̂ with
+    0, ½, 1 … 3 times the direction of --label_value in --label_column: what 20 images that have it have on average more in
+    their codes than 20 that have not (A.2)."""
+    x = next(iter(Batches(images.test[:16], 16, cfg.device)))
+    save_grid(folder / "interpolations" / "test.png", model.interpolate(x[:8], x[:8].roll(1, 0)).flatten(0, 1))
+    left, top = x[:7], x[-7:]
+    mixed = torch.cat([torch.cat([torch.ones_like(x[:1]), top]).unsqueeze(0), torch.cat([left.unsqueeze(1), model.mix(left, top)], 1)])
+    save_grid(folder / "mixing" / "test.png", mixed.flatten(0, 1))
+    if images.labels is not None:
+        has = (factor(cfg, images, "train") == cfg.label_value).numpy()
+        codes = [model.encode(next(iter(Batches(images.train[np.flatnonzero(which)[:20]], 20, cfg.device)))).mean(0) for which in (has, ~has)]
+        x = next(iter(Batches(images.test[factor(cfg, images, "test").numpy() != cfg.label_value][:8], 8, cfg.device)))
+        edited = model.edit(x, codes[0] - codes[1], [i / 2 for i in range(7)])
+        save_grid(folder / "editing" / f"test-{cfg.label_column}-{cfg.label_value}.png", torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1))
+
+# Copied from vae.py: save_grid
+def save_grid(path, *images):
+    """PNG of true pixel values, 8 images a row. Several sets (B, C, H, W): row 1 of each, one above the other, then row 2 …"""
+    path.parent.mkdir(exist_ok=True)
+    columns = min(8, len(images[0]))
+    whole = len(images[0]) // columns * columns
+    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)  # (rows, sets, columns, C, H, W)
+    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
+
+# Changed from vae.py: pictures, codes and a probe instead of bounds
+def evaluate(cfg, model, images, folder, state):
+    """Rows of Tables 1 and 6, printed and in results.json with the protocol of each number, and figures test.png."""
+    with inference(cfg), evaluating(model):
+        test = Batches(images.test, cfg.batch_size, cfg.device)
+        inception = load_inception(cfg.inception_weights, cfg.data_dir, cfg.device) if cfg.fid else None
+        vgg = load_vgg(cfg.vgg_weights, cfg.data_dir, cfg.device) if cfg.fid else None
+        results = {**distances(model, test, vgg), "test_images": len(images.test), "code": "drawn" if cfg.draw_code else "mean"}
+        if inception:
+            references = reference_statistics(inception, images, cfg.device)
+            results |= inception_metrics(inception, draws(model, cfg.fid), references)
+            again = inception_metrics(inception, (to_uint8(model.reconstruct(x)) for x in test), references)
+            results |= {f"reconstruction_{name}": value for name, value in again.items()}
+        results |= {
+            "clamp": cfg.clamp, "ema": cfg.ema, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
+            "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
+        draw(cfg, model, images.test, folder, "test")
+        draw_latent_space(cfg, model, images, folder)
+    results |= probe(cfg, model, images)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    for name, value in results.items():
+        print(f"{name:26} {value:,.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+# Changed from vae.py: other sizes, layers, labels
+def main(Model, argv=None):
+    """Train and evaluate; --eval: evaluate. Returns the exit code: 2 for a user's mistake, 1 not finite, 130 stopped."""
+    cfg = parse_flags(argv)
+    try:
+        start_side(cfg.size or 8), contrast_layers(cfg)  # before anything is made
+        folder, checkpoint = open_run(cfg)
+        images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        if images.labels is not None:
+            factor(cfg, images, "train"), factor(cfg, images, "test")
+        torch.manual_seed(cfg.seed)
+        model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if not cfg.eval:
+            start_run(cfg, folder, model, images)
+            if not train(cfg, model, images, folder, checkpoint):
+                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
+                return 130
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
+        model.load_state_dict(checkpoint["model"])
+        evaluate(cfg, model, images, folder, checkpoint["state"])
+        print(f"written to {folder}")
+        return 0
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+
+# --- same in every script ---------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
+           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
+
+def parse_flags(argv=None):
+    """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(Config):
+        value, low = getattr(cfg, f.name), f.metadata.get("low", 1)
+        if f.type in (int, float) and value is not None and not low <= value < math.inf:
+            parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+    return cfg
+
+def open_run(cfg):
+    """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
+    folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
+    if not (cfg.resume or cfg.eval):
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a run: --resume continues it, --eval evaluates it, --name NAME starts another")
+        return folder, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = {"script": checkpoint["script"], **checkpoint["config"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} to go on from") from None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    for name, value in {"script": SCRIPT, **dataclasses.asdict(cfg)}.items():
+        if name not in FREE and made_with.get(name) != value:
+            raise UserError(f"{path} is of another run: its {name} is {made_with.get(name)}, not {value}")
+    return folder, checkpoint
+
+def start_run(cfg, folder, model, images):
+    """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
+        (folder / "log.jsonl").write_text("")
+    print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
+    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+
+def save(path, cfg, model, optimizer, state):
+    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
+    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
+    if device.type != "cpu":
+        rng.append(torch.get_device_module(device).get_rng_state(device))
+    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+def restore(cfg, folder, checkpoint, model, optimizer):
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
+    if checkpoint is None:
+        return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"][0])
+    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
+    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
+        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
+    return state | {"start": time.perf_counter() - state["seconds"]}
+
+if __name__ == "__main__":
+    sys.exit(main(DCVAE))

@@ -1,0 +1,409 @@
+"""dcvae.py against closed forms: the backbone layer by layer, the losses, the queue, averages, the game, the latent space, the probe."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+
+import dcvae
+from common import Images, UserError, quantize
+from conftest import count, seeded
+from dcvae import (BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, discriminator_gan, follow, gaussian_kl,
+                   generator_gan, info_nce, linear_probe)
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """--small, narrower still, and one seed for every test."""
+    monkeypatch.setitem(dcvae.WIDTHS, "small", (8, 8))
+    torch.manual_seed(0)
+
+def make(shape=(3, 16, 16), **flags):
+    return DCVAE(Config(**dict(small=True, latent=6, negatives=10) | flags), shape)
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=1)
+
+# ---- The backbone ----------------------------------------------------------------------------------------------------
+def test_parameter_counts_are_those_of_the_released_code():
+    """Latent 128, 32x32 RGB; heads only where the contrast is taken."""
+    with torch.device("meta"):
+        model = DCVAE(Config(contrast_layers="b1,b2,b3,b4,final"), (3, 32, 32))
+        assert [count(part) for part in (model.decoder, model.encoder, model.discriminator)] == [4_405_251, 1_086_464, 1_063_445]
+        assert count(DCVAE(Config(loss="vaegan"), (3, 32, 32)).discriminator) == 1_055_761
+        assert count(DCVAE(Config(), (3, 32, 32)).discriminator) == 1_055_761 + 129 + 256 * 16
+
+@pytest.mark.parametrize("channels, size", [(3, 32), (1, 32), (3, 48), (1, 8)])
+def test_shapes(channels, size):
+    model = make((channels, size, size), contrast_layers="b1,b2,b3,b4,final")
+    x = torch.rand(3, channels, size, size) * 2 - 1
+    assert [len(model.discriminator.heads[name][2].weight[0]) for name in BLOCKS] == [(size // 2)**2] + 3 * [(size // 4)**2]
+    score, features = model.discriminator(x)
+    assert score.shape == (3,) and {name: tuple(f.shape) for name, f in features.items()} == dict.fromkeys([*BLOCKS, "final"], (3, 16))
+    assert [tuple(part.shape) for part in model.encoder(x)] == 2 * [(3, 6)]
+    for images in (model.sample(2), model.reconstruct(x[:2])):
+        assert images.shape == (2, channels, size, size) and torch.equal(images, quantize(images)) and images.abs().max() <= 1
+
+def test_sizes_that_do_not_double_three_times():
+    with pytest.raises(UserError, match="size 20 is no multiple of 8"):
+        make((3, 20, 20))
+
+def test_decoder_is_the_released_graph():
+    """Layer by layer as released: enlarge, then 1x1; the skip into cell 3 is cell 2's sum, the skip-1 contribution included."""
+    net = Decoder(6, 8, 3, 32).eval()
+    z, (c1, c2, c3) = torch.randn(2, 6), net.cells
+    with torch.no_grad():
+        up = lambda h, mode, times=2: F.interpolate(h, scale_factor=times, mode=mode)
+        h = net.enter[0](z).view(2, 8, 4, 4)
+        skip1 = c1.conv1(up(h.relu(), "nearest"))
+        h = c1.conv2(skip1.relu()) + c1.shortcut(up(h, "nearest"))
+        skip2 = c2.conv1(up(h.relu(), "bilinear")) + c2.skips[0](up(skip1, "bilinear"))
+        h = c2.conv2(skip2.relu()) + c2.shortcut(up(h, "bilinear"))
+        inner = c3.conv1(up(h.relu(), "nearest")) + c3.skips[0](up(skip1, "nearest", 4)) + c3.skips[1](up(skip2, "nearest"))
+        h = c3.conv2(inner.relu())
+        expected = net.leave[2](net.leave[0](h).relu()).tanh()
+        torch.testing.assert_close(net(z), expected, rtol=1e-4, atol=1e-5)
+
+def test_blocks_down_are_the_released_graph():
+    """Block 1: no ReLU first, shortcut of the pooled image. Block 2: 1x1, then pool. Blocks 3 and 4: identity."""
+    first, second, third = DownBlock(3, 8, first=True, halve=True).eval(), DownBlock(8, 8, halve=True).eval(), DownBlock(8, 8).eval()
+    x, pool = torch.randn(2, 3, 16, 16), lambda h: F.avg_pool2d(h, 2)
+    with torch.no_grad():
+        h = first(x)
+        torch.testing.assert_close(h, pool(first.conv2(first.conv1(x).relu())) + first.shortcut(pool(x)))
+        torch.testing.assert_close(second(h), pool(second.conv2(second.conv1(h.relu()).relu()) + second.shortcut(h)))
+        torch.testing.assert_close(third(h), h + third.conv2(third.conv1(h.relu()).relu()))
+        net = Encoder(3, 8, 6).eval()  # sums over the map, not means
+        for block in net.blocks:
+            x = block(x)
+        torch.testing.assert_close(torch.cat(net(torch.ones(2, 3, 16, 16)), 1).shape, torch.Size([2, 12]))
+        assert net.linear.bias is None
+
+def test_features_are_summed_over_the_map():
+    """ReLU, sum over positions, l5 without bias: 16 values, from which the score is one more linear layer."""
+    net, x, h = Discriminator(3, 8, 16, ("b1",)).eval(), torch.randn(2, 3, 16, 16), None
+    with torch.no_grad():
+        h = x
+        for block in net.blocks:
+            h = block(h)
+        score, features = net(x)
+        torch.testing.assert_close(features["final"], h.relu().sum((2, 3)) @ net.linear.weight.T)
+        torch.testing.assert_close(score, (features["final"] @ net.score.weight.T + net.score.bias).squeeze(1))
+        map1 = net.blocks[0](x)
+        torch.testing.assert_close(features["b1"], net.heads["b1"][0](map1).flatten(1) @ net.heads["b1"][2].weight.T)
+
+def test_batch_of_d_is_no_matter():
+    """Scores of images together are those of each alone, so real and fake images can share one forward pass."""
+    model, x = make().eval(), torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        together, alone = model.discriminator(x)[0], torch.cat([model.discriminator(one)[0] for one in x.split(1)])
+    torch.testing.assert_close(together, alone)
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+def test_kl_against_torch():
+    mean, log_var = torch.randn(4, 6), torch.randn(4, 6)
+    q, p = (Independent(Normal(m, s), 1) for m, s in ((mean, (log_var / 2).exp()), (torch.zeros(4, 6), torch.ones(4, 6))))
+    torch.testing.assert_close(gaussian_kl(mean, log_var).sum(1), kl_divergence(q, p))
+
+def test_info_nce_is_the_softmax_over_explicit_pairs():
+    """Eq. 6 by loops, cosine similarity over the temperature; lengths of the query do not matter, those of keys are 1."""
+    query, positive, negatives = 3 * torch.randn(3, 5), unit(3, 5), unit(7, 5)
+    loss, hit = info_nce(query, positive, negatives, 0.2)
+    for i in range(3):
+        cosine = lambda key: (query[i] @ key / query[i].norm() / key.norm()).item()
+        right, wrong = math.exp(cosine(positive[i]) / 0.2), [math.exp(cosine(key) / 0.2) for key in negatives]
+        assert loss[i].item() == pytest.approx(-math.log(right / (right + sum(wrong))), rel=1e-5)
+        assert hit[i].item() == (right > max(wrong))
+    loss, _ = info_nce(torch.randn(5, 4), torch.ones(5, 4) / 2, torch.ones(9, 4) / 2, 0.07)  # all keys alike: a guess among 10
+    torch.testing.assert_close(loss, torch.full((5,), math.log(10)))
+
+def test_info_nce_is_fp32_under_autocast():
+    query, positive, negatives = torch.randn(4, 16), unit(4, 16), unit(50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(info_nce(query, positive, negatives, 0.07)[0], info_nce(query, positive, negatives, 0.07)[0].float())
+        inside = info_nce(query, positive, negatives, 0.07)[0]
+    assert torch.equal(inside, info_nce(query, positive, negatives, 0.07)[0])
+
+def test_gan_losses_by_hand():
+    real, reconstructed, sampled = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5]), torch.tensor([0.0, -0.5])
+    assert discriminator_gan("hinge", real, reconstructed, sampled).tolist() == [0 + 0 + 0.5, 0.5 + 0.5 * 1.5 + 0.5 * 0.5]
+    assert generator_gan("hinge", reconstructed, sampled).tolist() == [1.5 + 0.125, -0.25 + 0.125]
+    D = torch.sigmoid
+    eq4 = D(real).log() + (1 - D(sampled)).log() + (1 - D(reconstructed)).log()
+    torch.testing.assert_close(discriminator_gan("log", real, reconstructed, sampled), -eq4)
+    torch.testing.assert_close(generator_gan("log", reconstructed, sampled).mean(), (eq4 - D(real).log()).mean())
+
+LOSSES = {"vae": {"pixel", "kl"}, "vaegan": {"feature", "gan", "kl"}, "contrastive": {"contrast", "kl"}, "dcvae": {"contrast", "gan", "kl"}}
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("gan", ["hinge", "log"])
+def test_terms_of_the_four_losses(loss, gan):
+    """Eqs. 1, 3-5, 8, 9; every term reaches encoder and decoder; D's own terms reach neither, and all of D that is in use."""
+    model, x = make(loss=loss, gan=gan), torch.rand(4, 3, 16, 16) * 2 - 1
+    keys = model.encode_keys(x) if model.contrastive else None
+    terms = model.terms(x, keys)
+    assert terms.keys() == LOSSES[loss] and all(value.shape == (4,) for value in terms.values())
+    creators = [model.encoder.linear.parametrizations.weight.original, model.decoder.enter[0].weight]
+    for name, value in terms.items():
+        grads = torch.autograd.grad(value.sum(), creators, retain_graph=True, allow_unused=True)
+        assert grads[0].abs().sum() > 0 and (name == "kl" or grads[1].abs().sum() > 0)
+    if loss == "vae":
+        assert model.discriminator is None
+        return
+    terms = model.discriminator_terms(x, keys)
+    assert ("d_gan" in terms, "d_contrast" in terms) == (model.adversarial, model.contrastive)
+    total = sum(terms[name].sum() for name in terms.keys() & model.weights.keys())
+    total.backward()
+    assert all(p.grad is None for part in (model.encoder, model.decoder) for p in part.parameters())
+    assert all(p.grad is not None for name, p in model.discriminator.named_parameters()
+               if model.adversarial or not name.startswith("score"))
+
+def test_vae_loss_is_minus_the_elbo():
+    """With p(x|z) = N(x̂, ½) and the KL's weight 1: -ELBO less D/2 log π."""
+    model, x = make(loss="vae", latent=3), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert model.cfg.kl_weight == 1 and Config().kl_weight == 6.4e-5
+    terms = seeded(model.terms, x)
+    mean, log_var = model.eval().encoder(x)
+    model.train()
+    z = mean + (log_var / 2).exp() * seeded(torch.randn_like, mean)
+    with torch.no_grad():
+        log_p = Normal(model.decoder(z), 0.5**0.5).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(terms["pixel"] + 3 * 16 * 16 / 2 * math.log(math.pi), -log_p, rtol=1e-3, atol=1e-2)
+
+def test_terms_against_parts():
+    """dcvae's terms from the parts: contrast of reconstructions only, gan of reconstructions and of twice as many samples."""
+    model, x = make().eval(), torch.rand(3, 3, 16, 16) * 2 - 1
+    where, keys = model.encode_keys(x)
+    terms = seeded(model.terms, x, (where, keys))
+    with torch.no_grad():
+        mean, log_var = model.encoder(x)
+        torch.manual_seed(1)
+        z = torch.cat([mean + (log_var / 2).exp() * torch.randn_like(mean), torch.randn(6, 6)])
+        scores, features = model.discriminator(model.decoder(z))
+        torch.testing.assert_close(terms["gan"], -0.5 * scores[:3] - 0.5 * scores[3:].mean())
+        nce = [info_nce(features[name][:3], keys[name], model.queue[name], 0.07)[0] for name in ("b1", "final")]
+        torch.testing.assert_close(terms["contrast"], (nce[0] + nce[1]) / 2)
+
+def test_discriminator_terms_against_parts():
+    """Real images, reconstructions and samples in this order; the contrast's queries are the reconstructions."""
+    model, x = make().eval(), torch.rand(3, 3, 16, 16) * 2 - 1
+    where, keys = model.encode_keys(x)
+    terms = seeded(model.discriminator_terms, x, (where, keys))
+    with torch.no_grad():
+        mean, log_var = model.encoder(x)
+        torch.manual_seed(1)
+        z = torch.cat([mean + (log_var / 2).exp() * torch.randn_like(mean), torch.randn(3, 6)])
+        fakes = model.decoder(z)
+        for name, images in (("real", x), ("reconstructed", fakes[:3]), ("sampled", fakes[3:])):
+            torch.testing.assert_close(terms[name], model.discriminator(images)[0])
+        torch.testing.assert_close(terms["d_gan"], discriminator_gan("hinge", terms["real"], terms["reconstructed"], terms["sampled"]))
+        features = model.discriminator(fakes[:3])[1]
+        pairs = [info_nce(features[name], keys[name], model.queue[name], 0.07) for name in ("b1", "final")]
+        torch.testing.assert_close(terms["d_contrast"], (pairs[0][0] + pairs[1][0]) / 2)
+        torch.testing.assert_close(terms["accuracy"], (pairs[0][1] + pairs[1][1]) / 2)
+
+def test_optimal_critic_of_remark_1():
+    """Eq. 7 over all (x_1, x_2), i, z of a small discrete model: log p(x|z) - log p(x) is optimal, plus any c(z), but not plus a c(x)."""
+    joint = torch.tensor([[0.30, 0.05], [0.10, 0.15], [0.05, 0.35]], dtype=torch.float64)  # p(x, z)
+    p_x, q = joint.sum(1), joint / joint.sum(1, keepdim=True)  # q(z|x)
+    def i_nce(h):
+        return sum(p_x[a] * p_x[b] * q[a, z] * (torch.logsumexp(torch.stack([h[a, z], h[b, z]]), 0) - h[a, z])
+                   for a in range(3) for b in range(3) for z in range(2))
+    h = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([h], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+    optimizer.step(lambda: (optimizer.zero_grad(), loss := i_nce(h), loss.backward())[1])
+    best = (joint / joint.sum(0)).log() - p_x.log()[:, None]  # log p(x|z) - log p(x)
+    torch.testing.assert_close(h.detach() - h.detach()[0], best - best[0], rtol=1e-4, atol=1e-4)
+    assert i_nce(best + torch.tensor([1.0, -2.0])).item() == pytest.approx(i_nce(best).item(), abs=1e-12)
+    assert i_nce(best + p_x.log()[:, None]) > i_nce(best) + 1e-3  # log p(x|z) itself, that is c(x) = 0
+
+# ---- Queue, averages, patches ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("negatives, batch", [(10, 4), (10, 10), (6, 4), (3, 4), (8096, 4)])
+def test_queue_keeps_the_newest(negatives, batch):
+    """First in, first out, across the end of the buffer, also where the batch does not divide it or is larger."""
+    model, keys = make(negatives=negatives), [unit(batch, 16) for _ in range(7)]
+    start = model.queue["final"].clone()
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(negatives))
+    for key in keys:
+        model.enqueue({"b1": key, "final": key})
+    everything = torch.cat([start, *keys])[-negatives:]
+    oldest_first = torch.cat([model.queue["final"], model.queue["final"]])[model.queued:][:negatives]
+    assert torch.equal(oldest_first, everything)
+
+def test_keys_come_from_the_momentum_network_after_it_moved():
+    model, x = make(momentum=0.75), torch.rand(2, 3, 16, 16)
+    slow, fast = (part.linear.parametrizations.weight for part in (model.momentum_discriminator, model.discriminator))
+    with torch.no_grad():
+        fast.original.add_(1)
+    expected = 0.75 * slow.original + 0.25 * fast.original
+    torch.manual_seed(0)
+    _, keys = model.encode_keys(x)
+    torch.testing.assert_close(slow.original.data, expected.data)
+    with torch.no_grad():
+        features = model.momentum_discriminator.eval()(x)[1]
+    for name in ("b1", "final"):
+        torch.testing.assert_close(keys[name], F.normalize(features[name], dim=1), rtol=1e-2, atol=1e-2)  # one power iteration apart
+        assert not keys[name].requires_grad
+
+def test_average_follows_parameters_and_batch_statistics():
+    model = make()
+    average, net = model.averaged_decoder, model.decoder
+    with torch.no_grad():
+        net.enter[0].weight.fill_(1), average.enter[0].weight.fill_(0)
+        net.leave[0].running_mean.fill_(4), net.leave[0].running_var.fill_(3), net.leave[0].num_batches_tracked.fill_(7)
+    follow(average, net, 0.75)
+    assert (average.enter[0].weight == 0.25).all()
+    assert (average.leave[0].running_mean == 1).all() and (average.leave[0].running_var == 1.5).all()
+    assert average.leave[0].num_batches_tracked == 7
+    follow(average, net, 0)  # --ema 0: the decoder itself
+    assert all(torch.equal(a, b) for a, b in zip(average.state_dict().values(), net.state_dict().values()))
+    assert model.train().averaged_decoder.training is False
+
+def test_figures_show_the_averaged_decoder():
+    model = make()
+    with torch.no_grad():
+        model.averaged_decoder.leave[2].weight.zero_(), model.averaged_decoder.leave[2].bias.fill_(0.5)
+    assert torch.equal(model.sample(2), quantize(torch.full((2, 3, 16, 16), math.tanh(0.5))))
+
+def test_patches_are_one_place_of_each_block():
+    """The same place in query and key, one for each layer, all channels."""
+    model, x = make(patch_after=0), torch.rand(2, 3, 16, 16)
+    assert model.queue.keys() == {"b1", "final", "patch_b1", "patch_b2", "patch_b3", "patch_b4"}
+    where, keys = model.encode_keys(x, patches=True)
+    assert keys.keys() == model.queue.keys() and model.encode_keys(x)[1].keys() == {"b1", "final"}
+    model.eval()
+    with torch.no_grad():
+        features, h = model.discriminator(x, where)[1], x
+        for i, block in enumerate(model.discriminator.blocks):
+            h = block(h)
+            row, column = (where[i] * h.shape[2]).long().tolist()
+            torch.testing.assert_close(features[f"patch_b{i + 1}"], h[:, :, row, column])
+        assert len(model.terms(x, (where, keys))) == 3
+        for corner in (0.0, 1 - 2**-24):  # the first and the last place exist
+            model.discriminator(x, torch.full((4, 2), corner))
+
+def test_layers_that_do_not_exist():
+    for layers in ("b5", "b1,,final", "b1,b1", ""):
+        with pytest.raises(UserError, match="--contrast_layers"):
+            make(contrast_layers=layers)
+
+# ---- The game --------------------------------------------------------------------------------------------------------
+def play(tmp_path, steps=1, model=None, **flags):
+    """`steps` of training on 40 random images -> model before and after."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    data = Images("noise", 16, images[:32], images[32:], images[32:], None, False)
+    cfg = Config(**dict(small=True, latent=6, negatives=10, batch_size=4, steps=steps, device="cpu", dtype="fp32", lr=1e-3) | flags)
+    model = model or DCVAE(cfg, (3, 16, 16))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tmp_path.joinpath("log.jsonl").write_text("")
+    assert dcvae.train(cfg, model, data, tmp_path, None)
+    return before, model
+
+def moved(before, model, part):
+    return any(not torch.equal(before[f"{part}.{name}"], p) for name, p in getattr(model, part).named_parameters())
+
+@pytest.mark.parametrize("still", ["critics", "creators"])
+def test_each_player_moves_by_its_own_losses(tmp_path, still):
+    model = make(lr=1e-3)
+    for name in ("d_gan", "d_contrast") if still == "critics" else ("contrast", "gan", "kl"):
+        model.weights[name] = 0
+    before, model = play(tmp_path, model=model)
+    assert moved(before, model, "discriminator") == (still == "creators")
+    assert moved(before, model, "encoder") == moved(before, model, "decoder") == (still == "critics")
+
+def test_a_step_is_d_steps_updates_of_d_and_one_of_the_rest(tmp_path):
+    model, calls = make(), []
+    for name in ("terms", "discriminator_terms"):
+        function = getattr(model, name)
+        setattr(model, name, lambda x, keys, name=name, function=function: calls.append((name, x[0, 0, 0, 0].item(), keys is not None)) or function(x, keys))
+    play(tmp_path, model=model, d_steps=3)
+    names, pixels, with_keys = zip(*calls[:4])
+    assert names == 3 * ("discriminator_terms",) + ("terms",) and with_keys == (False, False, True, True)
+    assert len(set(pixels[:3])) == 3 and pixels[2] == pixels[3]  # batches of D are its own; the rest shares the last
+    assert model.queued == 4  # and is queued once
+
+@pytest.mark.parametrize("loss", ["vae", "vaegan", "contrastive", "dcvae"])
+def test_training_lowers_what_it_minimises(tmp_path, loss):
+    """Eighty steps on 32 images: the instance-level loss falls; the discriminator lowers the contrast, as in NOTE(paper)."""
+    import json
+    play(tmp_path, 80, loss=loss, lr=3e-3, negatives=32, d_steps=1, momentum=0.9, log_every=10, eval_every=1000)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"train"' in line]
+    for name in {"vae": ["pixel"], "vaegan": [], "contrastive": ["contrast", "d_contrast"], "dcvae": ["d_contrast"]}[loss]:
+        assert min(row[name] for row in rows[2:]) < rows[0][name] if name == "pixel" else rows[-1][name] < rows[0][name] + 1
+
+def test_discriminator_lowers_the_contrast():
+    """D alone, decoder fixed: its contrast falls (with Eq. 9's max over D it would rise)."""
+    model, x = make(loss="contrastive", negatives=56), torch.rand(64, 3, 16, 16) * 2 - 1
+    model.enqueue(model.encode_keys(x[8:])[1])
+    x = x[:8]
+    keys = model.encode_keys(x)
+    optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=3e-3)
+    values = []
+    for _ in range(30):
+        loss = seeded(model.discriminator_terms, x, keys)["d_contrast"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < values[0] - 0.3
+
+def test_spectral_norms(tmp_path):
+    """Largest singular values of every layer of encoder and discriminator, after some steps: at most 1."""
+    _, model = play(tmp_path, 20, d_steps=2)
+    model.eval()
+    layers = [m for part in (model.encoder, model.discriminator, model.momentum_discriminator) for m in part.modules() if hasattr(m, "parametrizations")]
+    assert len(layers) == 11 + 12 + 12
+    for layer in layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) <= 1 + 1e-2
+
+# ---- Latent space and probe ------------------------------------------------------------------------------------------
+def test_codes_and_samples_by_flag():
+    model, x = make().eval(), torch.rand(2, 3, 16, 16)
+    assert torch.equal(model.encode(x), model.encoder(x)[0]) and not torch.equal(model.encode(x, draw=True), model.encode(x))
+    seen = []
+    model.averaged_decoder.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    seeded(model.sample, 500)
+    model.cfg.clamp = True
+    seeded(model.sample, 500)
+    assert seen[0].abs().max() > 2 and torch.equal(seen[1], seen[0].clamp(-1, 1))
+    model.cfg.draw_code = True
+    model.reconstruct(x)
+    assert not torch.equal(seen[2], model.encode(x))
+
+def test_interpolation_mixing_editing():
+    model, x = make().eval(), torch.rand(5, 3, 16, 16) * 2 - 1
+    line = model.interpolate(x[:2], x[2:4], 5)
+    assert line.shape == (2, 5, 3, 16, 16)
+    torch.testing.assert_close(line[:, 0], model.reconstruct(x[:2]))
+    torch.testing.assert_close(line[:, -1], model.reconstruct(x[2:4]))
+    seen = []
+    model.averaged_decoder.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    assert model.mix(x[:2], x[2:]).shape == (2, 3, 3, 16, 16)
+    z, ours, theirs = seen[0].view(2, 3, 6), model.encode(x[:2]), model.encode(x[2:])
+    from_theirs = (z[0, 0] == theirs[0])
+    assert from_theirs.sum() == 3
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(z[i, j], torch.where(from_theirs, theirs[j], ours[i]))
+    direction = torch.randn(6)
+    assert model.edit(x, direction, [0, 0.5]).shape == (5, 2, 3, 16, 16)
+    torch.testing.assert_close(seen[-1], model.encode(x) + 0.5 * direction)
+
+def test_probe_on_known_cases():
+    """Separable by one feature: no errors. Labels without any relation: half of them wrong. The interval is Student's."""
+    x, labels = torch.randn(1000, 4), torch.randint(2, (1000,))
+    x[:, 2] += 20 * labels
+    assert linear_probe(x[:800], labels[:800], x[800:], labels[800:]) == (0, 0)
+    error, half = linear_probe(torch.randn(800, 4), labels[:800], torch.randn(200, 4), labels[800:], seeds=3, epochs=2)
+    assert 35 < error < 65 and half >= 0
+
+def test_factor_of_labels():
+    labels = {"train": np.array([[0, 5], [1, 5], [2, 6]], np.uint8)}
+    images = Images("made", 16, None, None, None, labels, False)
+    assert dcvae.factor(Config(label_column=1, label_value=6), images, "train").tolist() == [5, 5, 6]
+    for flags, told in ((dict(label_column=2), "columns 0 to 1"), (dict(label_value=9), r"labels of made are \[0, 1, 2\]")):
+        with pytest.raises(UserError, match=told):
+            dcvae.factor(Config(**flags), images, "train")
