@@ -1,5 +1,6 @@
 """dcvae.py against closed forms: the backbone layer by layer, the losses, the queue, averages, the game, the latent space, the probe."""
 
+import json
 import math
 
 import numpy as np
@@ -325,14 +326,12 @@ def test_a_step_is_d_steps_updates_of_d_and_one_of_the_rest(tmp_path):
     assert len(set(pixels[:3])) == 3 and pixels[2] == pixels[3]  # batches of D are its own; the rest shares the last
     assert model.queued == 4  # and is queued once
 
-@pytest.mark.parametrize("loss", ["vae", "vaegan", "contrastive", "dcvae"])
-def test_training_lowers_what_it_minimises(tmp_path, loss):
-    """Eighty steps on 32 images: the instance-level loss falls; the discriminator lowers the contrast, as in NOTE(paper)."""
-    import json
-    play(tmp_path, 80, loss=loss, lr=3e-3, negatives=32, d_steps=1, momentum=0.9, log_every=10, eval_every=1000)
+def test_vae_learns(tmp_path):
+    """Sixty steps on 32 images: the loss falls, the logged terms are those of the loss."""
+    play(tmp_path, 60, loss="vae", lr=3e-3, log_every=10)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"train"' in line]
-    for name in {"vae": ["pixel"], "vaegan": [], "contrastive": ["contrast", "d_contrast"], "dcvae": ["d_contrast"]}[loss]:
-        assert min(row[name] for row in rows[2:]) < rows[0][name] if name == "pixel" else rows[-1][name] < rows[0][name] + 1
+    assert rows[0].keys() == {"step", "split", "seconds", "pixel", "kl"}
+    assert rows[-1]["pixel"] + rows[-1]["kl"] < 0.8 * (rows[0]["pixel"] + rows[0]["kl"])
 
 def test_discriminator_lowers_the_contrast():
     """D alone, decoder fixed: its contrast falls (with Eq. 9's max over D it would rise)."""
@@ -351,13 +350,16 @@ def test_discriminator_lowers_the_contrast():
     assert values[-1] < values[0] - 0.3
 
 def test_spectral_norms(tmp_path):
-    """Largest singular values of every layer of encoder and discriminator, after some steps: at most 1."""
+    """Largest singular values of all 11 + 12 layers after some steps: 1 as soon as power iterations, one a forward pass, have caught up."""
     _, model = play(tmp_path, 20, d_steps=2)
-    model.eval()
-    layers = [m for part in (model.encoder, model.discriminator, model.momentum_discriminator) for m in part.modules() if hasattr(m, "parametrizations")]
+    parts = model.encoder, model.discriminator, model.momentum_discriminator
+    layers = [m for part in parts for m in part.modules() if hasattr(m, "parametrizations")]
     assert len(layers) == 11 + 12 + 12
-    for layer in layers:
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) <= 1 + 1e-2
+    norms = lambda: [torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() for layer in layers]
+    assert max(model.eval() and norms()) <= 1.25  # behind by the last updates
+    for _ in range(50):
+        model.train() and norms()
+    assert max(model.eval() and norms()) <= 1 + 1e-2 and min(norms()) >= 1 - 1e-2
 
 # ---- Latent space and probe ------------------------------------------------------------------------------------------
 def test_codes_and_samples_by_flag():
