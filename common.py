@@ -489,7 +489,7 @@ def psnr(x, y):
     """Peak signal-to-noise ratio in decibels, per image: two (B, C, H, W) in [-1, 1] -> (B,); infinite where they are equal."""
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
-# What follows takes any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
+# The next three take any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
 
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
@@ -505,7 +505,7 @@ def importance_weighted(model, batches, samples, dims):
     iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same
     weights of the same images: what iw_bpd is to be held against.
     """
-    log_w = torch.cat([model.log_weights(x, samples).double().cpu() for x in batches], 1)  # (S, N)
+    log_w = torch.cat([model.log_weights(x, samples).cpu().double() for x in batches], 1)  # (S, N)
     bpd = bits_per_dim(-log_mean_exp(log_w), dims)
     return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std(correction=min(1, len(bpd) - 1)).item() / len(bpd)**0.5, "iw_samples": samples,
             "iw_images": len(bpd), "iw_elbo_bpd": bits_per_dim(-log_w.mean().item(), dims)}
@@ -528,7 +528,8 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 VGG_URL = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
 def load_weights(url, path, data_dir):
-    """The weights at `path`; without one, those of `url`, kept in data_dir/downloads and checked against the hash in their name."""
+    """The weights at `path`; without one, those of `url`, kept in data_dir/downloads and, as they come, checked against the hash in their
+    name. UserError where there are none."""
     file = Path(path or Path(data_dir, "downloads", url.split("/")[-1]))
     try:
         if not (path or file.exists()):
@@ -549,9 +550,10 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        self.net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        with torch.device("meta"):  # no initial weights: they would take time, and the random numbers of others
+            self.net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         try:
-            self.net.load_state_dict(weights)
+            self.net.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, AttributeError):
             raise UserError(f"these are no Inception weights in the format of {INCEPTION_URL}") from None
         self.classes, self.net.fc = self.net.fc.weight, nn.Identity()
@@ -609,7 +611,7 @@ def feature_statistics(inception, batches):
     total, outer, probabilities = 0, 0, []
     for images in batches:
         features, logits = inception(images)
-        features = features.cpu().double()
+        features = features.cpu().double()  # in this order: mps has no double
         total, outer = total + features.sum(0), outer + features.T @ features
         probabilities.append(logits.softmax(1).cpu())
     probabilities = torch.cat(probabilities)
@@ -627,11 +629,12 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     A = vectors * values.clamp(min=0).sqrt()
     root_trace = torch.linalg.eigvalsh(A.T @ cov2.double() @ A).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * root_trace
-    return max(0.0, distance.item())
+    return max(distance.item(), 0.0)  # in this order NaN stays NaN
 
 def inception_score(probabilities, splits=10):
     """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) from (N, classes) -> mean and sd over `splits` parts, each with its own p(y)."""
-    scores = [torch.xlogy(p, p / p.mean(0)).sum(1).mean().exp() for p in probabilities.double().tensor_split(min(splits, len(probabilities)))]
+    parts = probabilities.double().tensor_split(min(splits, len(probabilities)))
+    scores = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp() for p in parts]
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 def load_inception(path, data_dir, device):
@@ -649,6 +652,7 @@ def _load_network(Network, url, path, data_dir, device, metric, flag):
         if path:
             raise
         print(f"no {metric}: {error}, or name its place with {flag}", flush=True)
+        return None
 
 def draws(model, count, batch_size=100):
     """`count` samples as uint8 batches, drawn when they are asked for."""

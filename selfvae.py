@@ -870,7 +870,7 @@ def start_run(cfg, folder, model, images):
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    print("parameters:", {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()})
+    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
@@ -884,7 +884,7 @@ def save(path, cfg, model, optimizer, state):
     os.replace(path.with_suffix(".tmp"), path)
 
 def restore(cfg, folder, checkpoint, model, optimizer):
-    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation bpd, "seconds" spent, "start" of the clock}."""
+    """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""
     if checkpoint is None:
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])

@@ -224,6 +224,8 @@ COMMAND = re.compile(r"(?:^|\s)(?:\S*python[\d.]*|\S*torchrun\b.*?)\s+(?:-\S+\s+
 def commands(text, fenced=True):
     """Every command that starts a script -> [(script, [arguments])]; on a Markdown page in fenced blocks and `code spans`."""
     found, inside = [], not fenced
+    text = re.sub(r"for (\w+) in ([^;\n]+); do (.*); done",  # a loop is its body, once for each value
+                  lambda loop: "\n".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()), text)
     for line in text.replace("\\\n", " ").splitlines():
         if fenced and line.lstrip().startswith("```"):
             inside = not inside
@@ -252,6 +254,8 @@ def assert_parses(script, words):
 def test_commands_are_found():
     page = ("```\n$ python vae.py --small --steps 3  # quick\ntimeout -s INT 20m .venv/bin/python selfvae.py \\\n  --levels 2 | tee log\n"
             "OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 vae.py --lr 1\n```\npython vae.py --not_fenced, `python vae.py --size 64`, `diff vae.py selfvae.py`\n")
+    assert commands("```\nfor n in 1 2; do python vae.py --seed $n --name s$n; done\n```") == [
+        ("vae", ["--seed", "1", "--name", "s1"]), ("vae", ["--seed", "2", "--name", "s2"])]
     assert commands(page) == [("vae", ["--small", "--steps", "3"]), ("selfvae", ["--levels", "2"]), ("vae", ["--lr", "1"]),
                               ("vae", ["--size", "64"])]
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 from torch.distributions import Categorical, Normal, Uniform, kl_divergence
 
 from common import bits_per_dim, log_mean_exp
+from dcvae import info_nce
 from vae import LATENT, MoGPrior
 
 # ---- Formulas --------------------------------------------------------------------------------------------------------
@@ -100,6 +101,22 @@ def test_released_importance_weighting_is_looser_than_the_elbo():
     assert right == pytest.approx(0.0, abs=0.01) and plain == pytest.approx(0.5, abs=0.005)
     assert released_nll(log_w, 32) == pytest.approx(0.5156, abs=0.005) and released_nll(log_w, 1) == pytest.approx(1.0, abs=0.01)
     assert right < plain < released_nll(log_w, 32) < released_nll(log_w, 1)
+
+# ---- DC-VAE ----------------------------------------------------------------------------------------------------------
+
+def test_contrast_without_temperature_has_a_floor():
+    """The best that cosines allow: 1 with the right key, -1 with all 8,096 others. 7.0 nats; at 0.07 next to nothing; a guess 9.0."""
+    query, positive, negatives = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]).expand(8096, 2)
+    assert info_nce(query, positive, negatives, 1.0)[0].item() == pytest.approx(math.log(1 + 8096 * math.exp(-2)), rel=1e-5) == pytest.approx(7.0, abs=0.01)
+    assert info_nce(query, positive, negatives, 0.07)[0].item() < 1e-8
+    assert info_nce(query, positive, positive.expand(8096, 2), 1.0)[0].item() == pytest.approx(9.0, abs=0.01)
+
+def test_limited_codes():
+    """z ~ N(0, 1) limited to [-1, 1]: P(|z| > 1) = 31.7 %; the variance is that of the middle plus 1 for the ends, sd 0.718."""
+    normal = Normal(0.0, 1.0)
+    ends = 2 * normal.cdf(torch.tensor(-1.0)).item()
+    middle = (1 - ends) - 2 * normal.log_prob(torch.tensor(1.0)).exp().item()  # ∫ z² φ(z) over [-1, 1], by parts
+    assert (ends, math.sqrt(middle + ends)) == pytest.approx((0.317, 0.718), abs=5e-4)
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
