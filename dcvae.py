@@ -85,7 +85,7 @@ class Config:
 
     def __post_init__(self):
         if self.kl_weight is None:
-            # NOTE(paper): Eqs. 3 and 8 have 1, at which the KL takes back what the contrast gives. Released: 1e-6 on a sum over 64 images.
+            # NOTE(paper): Eqs. 3 and 8 have 1, at which the KL takes back what the contrast gives. Released: 1e-6, on a sum over 64.
             self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
 
     @property
@@ -173,7 +173,8 @@ class Decoder(nn.Module):
         super().__init__()
         side = start_side(size)
         self.enter = nn.Sequential(nn.Linear(latent, width * side**2), nn.Unflatten(1, (width, side, side)))
-        self.cells = nn.ModuleList([UpCell(width, "nearest", 0, True), UpCell(width, "bilinear", 1, True), UpCell(width, "nearest", 2, False)])
+        self.cells = nn.ModuleList([UpCell(width, "nearest", 0, True), UpCell(width, "bilinear", 1, True),
+                                    UpCell(width, "nearest", 2, False)])
         self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1))
         for layer in self.modules():  # as released, where Xavier does not reach layers with spectral norm
             if isinstance(layer, nn.Conv2d):
@@ -239,14 +240,14 @@ def info_nce(query, positive, negatives, temperature):
         return torch.logsumexp(logits, 1) - logits[:, 0], (similarity > others.amax(1)).float()
 
 def discriminator_gan(kind, real, reconstructed, sampled):
-    """What D minimises, from scores (B,) of real images, reconstructions and samples -> (B,). log: minus Eq. 4, D(x) = σ(score)."""
+    """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,). log: minus Eq. 4, its D(x) = σ(score)."""
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
     # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of fakes by one half.
     return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
 
 def generator_gan(kind, reconstructed, sampled):
-    """What encoder and decoder minimise: scores of reconstructions (B,) and samples (any number, averaged) -> (B,). log: Eq. 4."""
+    """What encoder and decoder minimise: scores of reconstructions (B,) and of any number of samples -> (B,). log: Eq. 4."""
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
     return -0.5 * reconstructed - 0.5 * sampled.mean()
@@ -269,13 +270,13 @@ def contrast_layers(cfg):
     return layers
 
 class DCVAE(nn.Module):
-    """Encoder, decoder, discriminator and what --loss needs beside them, for images (C, H, W), H = W a multiple of 8 (else UserError)."""
+    """The networks that --loss needs, for images of shape (C, H, W), H = W a multiple of 8 (else UserError)."""
     def __init__(self, cfg, image_shape):
         super().__init__()
         channels, size, _ = image_shape
         self.cfg = cfg
         self.adversarial, self.contrastive = cfg.loss in ("vaegan", "dcvae"), cfg.loss in ("contrastive", "dcvae")
-        self.weights = dict.fromkeys(("pixel", "feature", "contrast", "gan", "d_gan", "d_contrast"), 1) | {"kl": cfg.kl_weight}  # of losses
+        self.weights = dict.fromkeys(["pixel", "feature", "contrast", "gan", "d_gan", "d_contrast"], 1) | {"kl": cfg.kl_weight}
         wide, narrow = WIDTHS["small" if cfg.small else "full"]
         self.encoder = Encoder(channels, narrow, cfg.latent)
         self.decoder = Decoder(cfg.latent, wide, channels, size)
@@ -288,9 +289,9 @@ class DCVAE(nn.Module):
             widths = dict.fromkeys(self.layers, FEATURES)
             if cfg.patch_after is not None:
                 widths |= {f"patch_{name}": narrow for name in BLOCKS}
-            self.queue = nn.ParameterDict({name: nn.Parameter(F.normalize(torch.randn(cfg.negatives, width), dim=1), requires_grad=False)
-                                           for name, width in widths.items()})
-            self.register_buffer("queued", torch.tensor(0))
+            self.queue = nn.ParameterDict({name: F.normalize(torch.randn(cfg.negatives, width), dim=1) for name, width in widths.items()})
+            self.queue.requires_grad_(False)
+            self.register_buffer("queued", torch.tensor(0))  # keys so far, modulo K: where the oldest is
         self.train()
 
     def train(self, mode=True):
@@ -306,26 +307,21 @@ class DCVAE(nn.Module):
         `where` and `keys`, for the losses with a contrast, are those of `encode_keys`.
         """
         mean, log_var = self.encoder(x)
-        z = draw_code(mean, log_var)
-        if self.adversarial:  # twice as many samples as reconstructions, as released
-            z = torch.cat([z, torch.randn(2 * len(x), self.cfg.latent, device=x.device)])
-        images = self.decoder(z)
-        x_hat, terms = images[:len(x)], {}
-        if self.cfg.loss == "vae":
-            terms["pixel"] = (x - x_hat).square().sum((1, 2, 3))  # -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
-        else:
-            scores, features = self.discriminator(images, where)
-            features = {name: values[:len(x)].float() for name, values in features.items()}  # of reconstructions
-            if self.contrastive:
-                terms["contrast"], _ = self.contrast(features, keys)
-            else:
-                with torch.no_grad():
-                    target = self.discriminator(x)[1]["final"].float()
-                terms["feature"] = (target - features["final"]).square().sum(1)
-            if self.adversarial:
-                terms["gan"] = generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):])
-        terms["kl"] = gaussian_kl(mean, log_var).sum(1)
-        return terms
+        z, kl = draw_code(mean, log_var), gaussian_kl(mean, log_var).sum(1)
+        if self.cfg.loss == "vae":  # Eq. 1: -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
+            return {"pixel": (x - self.decoder(z)).square().sum((1, 2, 3)), "kl": kl}
+        samples = 2 * len(x) if self.adversarial else 0  # twice as many as reconstructions, as released
+        scores, features = self.discriminator(self.decoder(torch.cat([z, torch.randn(samples, z.shape[1], device=x.device)])), where)
+        features = {name: values[:len(x)].float() for name, values in features.items()}  # of x̂
+        if self.cfg.loss == "vaegan":  # Eqs. 3, 4
+            with torch.no_grad():
+                target = self.discriminator(x)[1]["final"].float()
+            return {"feature": (target - features["final"]).square().sum(1),
+                    "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}
+        contrast, _ = self.contrast(features, keys)
+        if self.cfg.loss == "contrastive":  # Eqs. 6, 8
+            return {"contrast": contrast, "kl": kl}
+        return {"contrast": contrast, "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}  # Eqs. 6, 4, 8: Eq. 9
 
     def discriminator_terms(self, x, where=None, keys=None):
         """What D minimises, d_gan and, where keys are given, d_contrast; beside them what shows its health: x -> {name: (B,)}."""
@@ -463,7 +459,7 @@ def train(cfg, model, images, folder, checkpoint):
                 with inference(cfg), evaluating(model):
                     row = distances(model, valid)
                     if inception:
-                        row |= inception_metrics(inception, draws(model, min(cfg.fid, len(images.valid))), references)  # as many as are compared with
+                        row |= inception_metrics(inception, draws(model, min(cfg.fid, len(images.valid))), references)
                     report(folder, state, "valid", [row], total, data)
                     draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if row.get("fid_valid", math.inf) < state["best"]:  # without FID no number says which step is best
@@ -537,14 +533,15 @@ def report(folder, state, split, rows, total, data):
           end="" if screen and split == "train" and step < total else "\n", flush=True)
     if split == "valid":
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        keys = list(dict.fromkeys(key for record in records for key in record if not key.endswith(("step", "split", "seconds", "images"))))
-        figure = Figure(figsize=(12, 2.5 * math.ceil(len(keys) / 4)), layout="constrained")
-        for key, axes in zip(keys, figure.subplots(math.ceil(len(keys) / 4), 4, squeeze=False).flat):
+        keys = list(dict.fromkeys(key for r in records for key in r if not key.endswith(("step", "split", "seconds", "images"))))
+        height = math.ceil(len(keys) / 4)
+        figure = Figure(figsize=(12, 2.5 * height))
+        figure.suptitle("training blue, validation orange")
+        for key, axes in zip(keys, figure.subplots(height, 4, squeeze=False, gridspec_kw={"hspace": 0.35}).flat):
             for name, colour in (("train", "C0"), ("valid", "C1")):
                 steps = [(r["step"], r[key]) for r in records if r["split"] == name and key in r]
                 if steps:
-                    axes.plot(*zip(*steps), marker=".", color=colour, label=name)
-            axes.legend()
+                    axes.plot(*zip(*steps), marker=".", color=colour)
             axes.set_title(key)
         figure.savefig(folder / "curves.png")
 
@@ -565,7 +562,7 @@ def distances(model, batches, vgg=None):
             "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(), "active": (kl > 0.05).sum().item()}
 
 def factor(cfg, images, split):
-    """The labels of a split in --label_column, int64 (N,), and the value that editing adds. UserError where there is none such."""
+    """The labels of a split in --label_column, int64 (N,), and the value that editing adds. UserError where it has none such."""
     labels = images.labels[split].reshape(len(images.labels[split]), -1)
     if cfg.label_column >= labels.shape[1]:
         raise UserError(f"--label_column {cfg.label_column}: the labels of {images.name} have columns 0 to {labels.shape[1] - 1}")
@@ -623,13 +620,13 @@ def draw(cfg, model, images, folder, name):
 # Changed from selfvae.py: lines, mixtures and directions of one code
 def draw_latent_space(cfg, model, images, folder):
     """interpolations/, one a row; mixing/, the top row's images put into those on the left; editing/, rows x, then images at its code
-    plus 0, ½, 1 … 3 times the direction of --label_value: the mean code of 20 training images that have it less that of 20 that have not (A.2)."""
+    plus 0, ½, 1 … 3 times the direction of --label_value: mean code of 20 training images that have it less that of 20 that have not."""
     x = next(iter(Batches(images.test[:16], 16, cfg.device)))
     x = x[torch.arange(16, device=x.device) % len(x)]  # of a small set, some twice
     save_grid(folder / "interpolations" / "test.png", model.interpolate(x[:8], x[:8].roll(1, 0)).flatten(0, 1))
     left, top = x[:7], x[-7:]
-    sheet = torch.cat([torch.cat([torch.ones_like(x[:1]), top]).unsqueeze(0), torch.cat([left.unsqueeze(1), model.mix(left, top)], 1)])
-    save_grid(folder / "mixing" / "test.png", sheet.flatten(0, 1))
+    rows = torch.cat([left.unsqueeze(1), model.mix(left, top)], 1).flatten(0, 1)
+    save_grid(folder / "mixing" / "test.png", torch.cat([torch.ones_like(x[:1]), top, rows]))
     if images.labels is None:
         return
     labels, value = factor(cfg, images, "train")
@@ -640,7 +637,8 @@ def draw_latent_space(cfg, model, images, folder):
         without = (factor(cfg, images, "test")[0] != value).nonzero()[:8, 0]
         x = next(iter(Batches(images.test[without.numpy()], 8, cfg.device)))
         edited = model.edit(x, direction, [i / 2 for i in range(7)])
-        save_grid(folder / "editing" / f"test-{cfg.label_column}-{value}.png", torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1))
+        path = folder / "editing" / f"test-{cfg.label_column}-{value}.png"
+        save_grid(path, torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1))
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
@@ -758,7 +756,8 @@ def start_run(cfg, folder, model, images):
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
+    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
+    print("trained parameters:", {name: trained(part) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 

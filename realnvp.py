@@ -552,7 +552,8 @@ def start_run(cfg, folder, model, images):
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
+    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
+    print("trained parameters:", {name: trained(part) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
     print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 

@@ -944,6 +944,12 @@ def test_inception_equals_the_reference_packages(inception):
     expected = [[24.13364, 0.4199352, 0.0926508, 0.1490372, 0.0, 12.136705]]
     torch.testing.assert_close(inception(large[:1])[0][:, columns], torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
+def test_loading_inception_draws_no_random_numbers():
+    """A run with --fid, and a resumed one, has the noise of one without."""
+    weights, before = inception_weights(), torch.get_rng_state()
+    common.InceptionFeatures(weights)
+    assert torch.equal(torch.get_rng_state(), before)
+
 def test_features_are_of_one_image(inception):
     """Whatever the batch, whatever autocast says; a grey image is one with three equal channels."""
     images = torch.randint(256, (3, 1, 16, 16), dtype=torch.uint8)
@@ -974,6 +980,7 @@ def test_frechet_distance_of_closed_cases():
     assert common.frechet_distance(mean1, cov, mean1, cov) == pytest.approx(0, abs=1e-9)
     sd1, sd2 = torch.rand(30).double(), torch.rand(30).double()
     assert common.frechet_distance(mean1, sd1.diag()**2, mean1, sd2.diag()**2) == pytest.approx((sd1 - sd2).square().sum().item(), rel=1e-9)
+    assert math.isnan(common.frechet_distance(mean1 * math.nan, cov, mean2, cov))  # not 0, the best of all
     one = lambda value: torch.tensor([[value]]).double()
     assert common.frechet_distance(one(1)[0], one(4), one(3)[0], one(9)) == pytest.approx(4 + 1)
 
@@ -997,6 +1004,7 @@ def test_inception_score_of_known_predictions():
     kl = sum(a * math.log(a / m) for row in (p, q) for a, m in zip(row, middle)) / 2
     assert common.inception_score(torch.tensor([p, q]), splits=1) == pytest.approx((math.exp(kl), 0), rel=1e-6)
     assert common.inception_score(torch.tensor([p, q])) == (1, 0)  # no more parts than images
+    assert common.inception_score(torch.tensor([[1.0, 0, 0], [0, 1, 0]]), splits=1) == pytest.approx((2, 0))  # a class that never occurs
 
 def test_inception_metrics_of_a_set_against_itself_and_another(monkeypatch):
     """FID 0 and above 0, and beside them how many images they stand on; few of them give a warning."""
@@ -1034,8 +1042,13 @@ def test_pixel_distance_by_hand():
 def test_vgg_features_are_relu4_3(tmp_path):
     """The output of the third ReLU of the fourth group, of normalised images; bf16 autocast changes nothing; the distance is a mean."""
     torch.manual_seed(0)
-    net, x = torchvision.models.vgg16().eval(), torch.rand(2, 3, 32, 32) * 2 - 1
-    torch.save(net.state_dict(), tmp_path / "vgg.pth")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.device("meta"):
+        net = torchvision.models.vgg16().eval()
+    weights = {name: 0.05 * torch.randn(value.shape) if name.startswith("features") else torch.zeros(1).expand(value.shape)
+               for name, value in net.state_dict().items()}  # the classifier is 120 million numbers, and not used
+    net.load_state_dict(weights, assign=True)
+    torch.save(weights, tmp_path / "vgg.pth")
     vgg = common.VGGFeatures(common.load_weights(common.VGG_URL, tmp_path / "vgg.pth", tmp_path))
     h, relus = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), 0
     with torch.no_grad():

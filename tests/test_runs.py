@@ -28,10 +28,25 @@ COMBOS += [("dcvae", dict(loss="vae", dataset="mnist")), ("dcvae", dict(loss="va
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
 
-@pytest.fixture(autouse=True)
-def measure_once(monkeypatch):
-    """Time one sample(n) call, not the mean of ten."""
+def cut_short(monkeypatch):
+    """Time one sample(n) call, not the mean of ten; see a density at a 25th of its cells."""
     monkeypatch.setattr(common.seconds_to_sample, "__defaults__", (1,))
+    density = importlib.import_module("realnvp").density
+    monkeypatch.setattr("realnvp.density", lambda model, reach, cells:
+                        density(model, reach, cells // 5).repeat_interleave(5, 0).repeat_interleave(5, 1))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Evaluations are short in every test."""
+    cut_short(monkeypatch)
+
+
+@pytest.fixture
+def training_only(monkeypatch):
+    """No evaluation at the end of a run."""
+    for script in SCRIPTS:
+        monkeypatch.setattr(f"{script}.evaluate", lambda *arguments: None)
 
 
 def tree(*folders):
@@ -79,7 +94,7 @@ def finished(request, tiny_data, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("runs")
     line = flags_for(script, tiny_data, out_dir, name="done", steps=3, eval_every=2, **flags)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.seconds_to_sample, "__defaults__", (1,))
+        cut_short(patch)
         code = call(script, line)
     return script, out_dir / "done", line, code
 
@@ -246,7 +261,7 @@ def cheap(script, **flags):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path):
+def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path, training_only):
     flags = cheap(script, eval_every=2, save_every=3)
     assert run(script, name="whole", steps=6, **flags) == 0
     assert run(script, name="parts", steps=3, **flags) == 0  # with a validation at step 3 that the other does not have
@@ -273,7 +288,7 @@ def test_log_lines_that_were_never_saved_are_dropped(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_same_seed_same_run(script, run, tmp_path):
+def test_same_seed_same_run(script, run, tmp_path, training_only):
     flags = cheap(script, steps=3, eval_every=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(script, name=name, seed=seed, **flags) == 0
@@ -282,7 +297,7 @@ def test_same_seed_same_run(script, run, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_bf16(script, run, tmp_path):
+def test_bf16(script, run, tmp_path, training_only):
     assert run(script, name="bf16", dtype="bf16", steps=2, **cheap(script)) == 0
     assert run(script, name="fp32", dtype="fp32", steps=2, **cheap(script)) == 0
     bf16, fp32 = (score(records(tmp_path / "runs" / name)[-1]) for name in ("bf16", "fp32"))  # at step 1 a flow is the identity
@@ -291,7 +306,7 @@ def test_bf16(script, run, tmp_path):
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
 
 
-def test_compile(run, tmp_path, monkeypatch):
+def test_compile(run, tmp_path, monkeypatch, training_only):
     """--compile traces the bound in one run. Without code generation, which takes minutes and needs a C++ compiler."""
     traced, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: traced.append(f) or compile(f, backend="eager"))
