@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 def main(out, *folders):
     """Draw the first row of x, of x̂ and of samples of every run, one run above the other."""
-    figure = Figure(figsize=(9, 1.25 * (len(folders) + 0.5)), layout="constrained")
-    axes = figure.subplots(len(folders) + 1, 2, squeeze=False, height_ratios=[1] + [1] * len(folders))
+    figure = Figure(figsize=(10, 0.7 * (len(folders) + 1.2)), layout="constrained")
+    axes = figure.subplots(len(folders) + 1, 2, squeeze=False)
     for row, folder in enumerate(map(Path, folders), 1):
         cfg, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
         pictures = [matplotlib.image.imread(folder / name / "test.png") for name in ("reconstructions", "samples")]
@@ -23,10 +23,10 @@ def main(out, *folders):
         axes[0, 0].imshow(line(pictures[0], 0))
         axes[row, 0].imshow(line(pictures[0], 1))
         axes[row, 1].imshow(line(pictures[1], 0))
-        axes[row, 0].set_ylabel(f"{cfg['loss']}\n{results['pixel_distance']:.1f}", rotation=0, ha="right", va="center")
+        axes[row, 0].set_ylabel(f"{cfg['loss']} {results['pixel_distance']:.1f}", rotation=0, ha="right", va="center")
     axes[0, 0].set_ylabel("x", rotation=0, ha="right", va="center")
-    axes[0, 0].set_title("reconstructions; below the name: pixel distance", fontsize=9)
-    axes[0, 1].set_title("samples", fontsize=9)
+    axes[0, 0].set_title("reconstructions (beside the name: pixel distance)", fontsize=9)
+    axes[1, 1].set_title("samples", fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values():
