@@ -20,9 +20,9 @@ def main(out, *folders):
         pictures = [matplotlib.image.imread(folder / name / "test.png") for name in ("reconstructions", "samples")]
         side = (pictures[0].shape[1] - 2) // 8
         line = lambda picture, i: picture[i * side:(i + 1) * side + 2]
-        axes[0, 0].imshow(line(pictures[0], 0))
-        axes[row, 0].imshow(line(pictures[0], 1))
-        axes[row, 1].imshow(line(pictures[1], 0))
+        axes[0, 0].imshow(line(pictures[0], 0), interpolation="nearest")
+        axes[row, 0].imshow(line(pictures[0], 1), interpolation="nearest")
+        axes[row, 1].imshow(line(pictures[1], 0), interpolation="nearest")
         axes[row, 0].set_ylabel(f"{cfg['loss']} {results['pixel_distance']:.1f}", rotation=0, ha="right", va="center")
     axes[0, 0].set_ylabel("x", rotation=0, ha="right", va="center")
     axes[0, 0].set_title("reconstructions (beside the name: pixel distance)", fontsize=9)
