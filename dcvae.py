@@ -562,15 +562,14 @@ def distances(model, batches, vgg=None):
             "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(), "active": (kl > 0.05).sum().item()}
 
 def factor(cfg, images, split):
-    """The labels of a split in --label_column, int64 (N,), and the value that editing adds. UserError where it has none such."""
+    """The labels of a split in --label_column -> int64 (N,). UserError where there is no such column, or --label_value is not in train."""
     labels = images.labels[split].reshape(len(images.labels[split]), -1)
     if cfg.label_column >= labels.shape[1]:
         raise UserError(f"--label_column {cfg.label_column}: the labels of {images.name} have columns 0 to {labels.shape[1] - 1}")
     labels = torch.from_numpy(labels[:, cfg.label_column].astype(np.int64))
-    value = labels.max().item() if cfg.label_value is None else cfg.label_value
-    if value not in labels:
-        raise UserError(f"--label_value {value}: the {split} labels of {images.name} are {labels.unique().tolist()}")
-    return labels, value
+    if split == "train" and cfg.label_value is not None and cfg.label_value not in labels:
+        raise UserError(f"--label_value {cfg.label_value}: the labels of {images.name} are {labels.unique().tolist()}")
+    return labels
 
 def linear_probe(train, train_labels, test, test_labels, epochs=20):
     """Errors in percent of a linear classifier of features (N, d), labels (N,) int64, on the test set -> mean over five seeds, half
@@ -603,7 +602,7 @@ def probe(cfg, model, images):
             batches = Batches(getattr(images, split)[:60_000], 500, cfg.device)  # enough for a linear classifier
             codes[split] = torch.cat([model.encode(x) for x in batches])
             pixels[split] = torch.cat([x.flatten(1) for x in batches])
-        labels[split] = factor(cfg, images, split)[0][:60_000].to(cfg.device)
+        labels[split] = factor(cfg, images, split)[:60_000].to(cfg.device)
     results = {}
     for name, features in ("probe", codes), ("pixels", pixels):
         error, half = linear_probe(features["train"], labels["train"], features["test"], labels["test"])
@@ -629,14 +628,14 @@ def draw_latent_space(cfg, model, images, folder):
     save_grid(folder / "mixing" / "test.png", torch.cat([torch.ones_like(x[:1]), top, rows]))
     if images.labels is None:
         return
-    labels, value = factor(cfg, images, "train")
-    mean_code = lambda which: model.encode(next(iter(Batches(images.train[which[:20].numpy()], 20, cfg.device)))).mean(0)
-    have, lack = (labels == value).nonzero()[:, 0], (labels != value).nonzero()[:, 0]
-    if len(lack):
-        direction = mean_code(have) - mean_code(lack)
-        without = (factor(cfg, images, "test")[0] != value).nonzero()[:8, 0]
-        x = next(iter(Batches(images.test[without.numpy()], 8, cfg.device)))
-        edited = model.edit(x, direction, [i / 2 for i in range(7)])
+    labels = factor(cfg, images, "train")
+    value = labels.max().item() if cfg.label_value is None else cfg.label_value
+    have, lack = (labels == value).nonzero()[:20, 0], (labels != value).nonzero()[:20, 0]
+    others = (factor(cfg, images, "test") != value).nonzero()[:8, 0]
+    if len(lack) and len(others):
+        mean_code = lambda index: model.encode(next(iter(Batches(images.train[index.numpy()], 20, cfg.device)))).mean(0)
+        x = next(iter(Batches(images.test[others.numpy()], 8, cfg.device)))
+        edited = model.edit(x, mean_code(have) - mean_code(lack), [i / 2 for i in range(7)])
         path = folder / "editing" / f"test-{cfg.label_column}-{value}.png"
         save_grid(path, torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1))
 

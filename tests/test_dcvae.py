@@ -416,16 +416,17 @@ def test_probe_on_known_cases():
     assert 40 < error < 60 and 0 < half < 10
 
 def test_factor_of_labels():
-    """A column, and the value that editing adds: by flag, or the largest."""
+    """A column; a value that no training image has is a mistake, one that no test image has is not."""
     labels = {"train": np.array([[0, 5], [2, 5], [2, 6]], np.uint8)}
     images = Images("made", 16, None, None, None, labels, False)
-    column, value = dcvae.factor(Config(label_column=1, label_value=5), images, "train")
-    assert (column.tolist(), value) == ([5, 5, 6], 5) and dcvae.factor(Config(), images, "train")[1] == 2
+    labels["test"] = labels["train"][:2]
+    assert dcvae.factor(Config(label_column=1, label_value=6), images, "train").tolist() == [5, 5, 6]
+    assert dcvae.factor(Config(label_column=1, label_value=6), images, "test").tolist() == [5, 5]
     for flags, told in ((dict(label_column=2), "columns 0 to 1"), (dict(label_value=9), r"labels of made are \[0, 2\]")):
         with pytest.raises(UserError, match=told):
             dcvae.factor(Config(**flags), images, "train")
 
-@pytest.mark.parametrize("count, labels", [(2, None), (16, [1]), (16, [2, 7])])
+@pytest.mark.parametrize("count, labels", [(2, None), (16, [1]), (16, [2, 7]), (3, [0, 3, 3])])
 def test_figures_of_small_sets_and_odd_labels(tmp_path, count, labels):
     """Fewer test images than a sheet has, one class, no class 1: mixing has 8 x 8 pictures, editing only where something differs."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
