@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 import dcvae
-from common import Images, UserError, from_uint8, quantize
+from common import Images, UserError, from_uint8, quantize, to_uint8
 from conftest import count, seeded
 from dcvae import (BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, discriminator_gan, update_average, gaussian_kl,
                    generator_gan, info_nce, linear_probe)
@@ -37,6 +37,14 @@ def test_parameter_counts_are_those_of_the_released_code():
         assert [count(part) for part in (model.decoder, model.encoder, model.discriminator)] == [4_405_251, 1_086_464, 1_063_445]
         assert count(DCVAE(Config(loss="vaegan"), (3, 32, 32)).discriminator) == 1_055_761
         assert count(DCVAE(Config(), (3, 32, 32)).discriminator) == 1_055_761 + 129 + 256 * 16
+
+def test_xavier_where_it_reaches_in_the_release():
+    """Convs of decoder and heads fill ±√(6 / (fan in + fan out)), wider than PyTorch's default."""
+    model = make()
+    for layer in (model.decoder.cells[1].conv1, model.decoder.cells[2].skips[0], model.decoder.leave[2], model.discriminator.heads["b1"][0]):
+        area = layer.weight[0, 0].numel()
+        bound = (6 / (area * (layer.in_channels + layer.out_channels)))**0.5
+        assert 0.8 * bound < layer.weight.abs().max() <= bound
 
 @pytest.mark.parametrize("channels, size", [(3, 32), (1, 32), (3, 48), (1, 8)])
 def test_shapes(channels, size):
@@ -88,6 +96,7 @@ def test_codes_start_within_bounds(size):
     """log σ² of untrained encoders is below its bound at any size; at 32 pixels the pooling is the released sum over 8x8."""
     log_var = make((3, size, size)).encoder(torch.rand(8, 3, size, size) * 2 - 1)[1]
     assert log_var.max() < 20
+    assert make((3, size, size)).encoder(1e6 * torch.randn(8, 3, size, size))[1].max() == 20
     h = torch.randn(2, 8, 8, 8)
     torch.testing.assert_close(dcvae.pool(h), h.relu().sum((2, 3)))
 
@@ -406,14 +415,17 @@ def test_interpolation_mixing_editing():
     assert model.edit(x, direction, [0, 0.5]).shape == (5, 2, 3, 16, 16)
     torch.testing.assert_close(seen[-1].view(5, 2, 6), torch.stack([model.encode(x), model.encode(x) + 0.5 * direction], 1))
 
-def test_probe_on_known_cases():
+def test_probe_on_known_cases(monkeypatch):
     """Separable by one feature: no errors. Labels without any relation: half of them wrong. The interval is Student's."""
     x, labels = torch.randn(2000, 4), torch.randint(2, (2000,))
     x[:, 2] += 20 * labels
     x[:, 3] = 5  # a constant is no division by 0
     assert linear_probe(x[:1500], labels[:1500], x[1500:], labels[1500:], epochs=100) == (0, 0)
+    assert linear_probe(x[:1500], labels[:1500], x[1500:], 1 - labels[1500:], epochs=100) == (100, 0)  # the test set's
     error, half = linear_probe(torch.randn(1500, 4), labels[:1500], torch.randn(500, 4), labels[1500:], epochs=2)
     assert 40 < error < 60 and 0 < half < 10
+    monkeypatch.setattr(torch, "stack", lambda errors: torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert linear_probe(x[:10], labels[:10], x[10:20], labels[10:20], epochs=1) == pytest.approx((3, 1.963), abs=1e-3)
 
 def test_factor_of_labels():
     """A column; a value that no training image has is a mistake, one that no test image has is not."""
@@ -456,8 +468,27 @@ def test_fewer_images_than_a_step_wants(tmp_path):
     play(tmp_path, model=model, d_steps=5, batch_size=64)
     assert sizes == 5 * [6]
 
+def test_adam_and_images_as_released(tmp_path, monkeypatch):
+    """2e-4 and (0, 0.9); images as they are, neither flipped nor shifted."""
+    model, seen, Adam = make(), [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **options: seen.append(options) or Adam(parameters, **options))
+    function = model.discriminator_terms
+    model.discriminator_terms = lambda x, *rest: seen.append(to_uint8(x)) or function(x, *rest)
+    play(tmp_path, model=model, lr=Config().lr)
+    assert seen[0] == dict(lr=2e-4, betas=(0.0, 0.9))
+    known = {image.tobytes() for image in np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)}
+    assert all(image.permute(1, 2, 0).numpy().tobytes() in known for x in seen[1:] for image in x)
+
 def test_patches_do_not_wait_for_the_device():
     """An index with one element is a gather; a number would be read on the host, in every block."""
     model, x = make(patch_after=0), torch.rand(2, 3, 16, 16)
     feature = model.discriminator(x, torch.rand(4, 2))[1]["patch_b2"]
     assert "Index" in str(feature.grad_fn.next_functions[0][0])
+
+def test_average_of_the_first_step_is_of_that_step(tmp_path):
+    """Decay min(--ema, 1/10) at step 1: nine tenths of the way; with --ema 0 all of it."""
+    for ema, share in ((0.999, 0.9), (0, 1)):
+        model = make(lr=1e-3, ema=ema)
+        before, model = play(tmp_path, model=model, ema=ema)
+        start, now = before["decoder.enter.0.weight"], model.decoder.enter[0].weight.detach()
+        torch.testing.assert_close(model.averaged_decoder.enter[0].weight - start, share * (now - start), rtol=1e-2, atol=1e-6)
