@@ -266,7 +266,7 @@ def test_keys_come_from_the_momentum_network_after_it_moved():
         torch.testing.assert_close(keys[name], F.normalize(features[name], dim=1), rtol=1e-2, atol=1e-2)  # one power iteration apart
         assert not keys[name].requires_grad
 
-def test_average_update_averages_parameters_and_batch_statistics():
+def test_average_follows_parameters_and_batch_statistics():
     model = make()
     average, net = model.averaged_decoder, model.decoder
     with torch.no_grad():
