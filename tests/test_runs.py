@@ -262,7 +262,7 @@ def cheap(script, **flags):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path, training_only):
-    flags = cheap(script, eval_every=2, save_every=3)
+    flags = cheap(script, eval_every=4, save_every=3)
     assert run(script, name="whole", steps=6, **flags) == 0
     assert run(script, name="parts", steps=3, **flags) == 0  # with a validation at step 3 that the other does not have
     torch.manual_seed(99)  # what the next process happens to start with
@@ -289,7 +289,7 @@ def test_log_lines_that_were_never_saved_are_dropped(run, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_run(script, run, tmp_path, training_only):
-    flags = cheap(script, steps=3, eval_every=2)
+    flags = cheap(script, steps=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(script, name=name, seed=seed, **flags) == 0
     a, b, c = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(tmp_path / "runs" / name)] for name in "abc")
@@ -457,9 +457,10 @@ def test_fid(script, run, tmp_path, monkeypatch, capsys):
     def no_network(*arguments, **options):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    assert run(script, name="without", fid=3, **cheap(script)) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "no FID" in line]
-    assert told and "pt_inception" in told[0] and "fid_train" not in json.loads((tmp_path / "runs" / "without" / "results.json").read_text())
+    if script in ("vae", "dcvae"):  # the others have the same lines
+        assert run(script, name="without", fid=3, **cheap(script)) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "no FID" in line]
+        assert told and "pt_inception" in told[0] and "fid_train" not in json.loads((tmp_path / "runs" / "without" / "results.json").read_text())
     mean_colours = lambda self, weights: torch.nn.Module.__init__(self)
     monkeypatch.setattr(common.InceptionFeatures, "__init__", mean_colours)
     monkeypatch.setattr(common.InceptionFeatures, "forward", lambda self, x: (x.float().mean((2, 3)), x.float().mean((2, 3)) / 100))
