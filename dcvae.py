@@ -9,7 +9,7 @@
 
 Encoder and decoder minimise these. The discriminator D plays against them in gan, and lowers contrast as they do.
 
-    python dcvae.py --small --steps 400              built-in shapes, minutes on a laptop
+    python dcvae.py --small --steps 400              built-in shapes, ten minutes on a laptop
     python dcvae.py --dataset cifar10                the paper's size, for a GPU; Table 1 reports FID 17.9
     python dcvae.py --dataset mnist --latent 16      representation: Table 6 reports 1.30 % errors of a linear classifier
 
