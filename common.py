@@ -8,11 +8,13 @@ Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are floa
 
 import math
 import os
+import pickle
 import shutil
 import time
 import warnings
 import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -527,18 +529,31 @@ def pixel_distance(x, y):
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 VGG_URL = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
-def load_weights(url, path, data_dir):
-    """The weights at `path`; without one, those of `url`, kept in data_dir/downloads and, as they come, checked against the hash in their
-    name. UserError where there are none."""
+def weights_file(url, path, data_dir):
+    """`path` or, without one, data_dir/downloads/NAME, downloaded from `url` if missing and checked against the hash in its name."""
     file = Path(path or Path(data_dir, "downloads", url.split("/")[-1]))
     try:
         if not (path or file.exists()):
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, file, file.stem.split("-")[-1], progress=False)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the network, the hash and damaged files each raise their own kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no weights {file} ({reason}): download {url} and put it there") from None
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: another hash
+        raise UserError(f"{file} is missing ({error}): download {url} and put it there") from None
+    return file
+
+def _load(net, path):
+    """A network on the meta device, without weights, -> the same with those of a state dict's file, for inference. UserError if they do not fit."""
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
+        raise UserError(f"{path} is missing, damaged or holds no weights of {type(net).__name__}") from None
+    return net.eval().requires_grad_(False)
+
+def _pooled_by(pool):
+    """Forward hook for a block of Inception: its last branch, and last channels, behind `pool` instead of torchvision's mean."""
+    def replace(block, inputs, output):
+        branch = block.branch_pool(pool(inputs[0]))
+        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+    return replace
 
 class InceptionFeatures(nn.Module):
     """The Inception network of FID and Inception Score, TensorFlow's of 2015-12-05, from a state dict in pytorch-fid's format.
@@ -548,36 +563,25 @@ class InceptionFeatures(nn.Module):
     what lies beyond the border; in the last block the largest instead of the mean; no biases in the logits (Salimans et al. 2016).
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights_path):
         super().__init__()
         with torch.device("meta"):  # no initial weights: they would take time, and the random numbers of others
-            self.net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-        try:
-            self.net.load_state_dict(weights, assign=True)
-        except (RuntimeError, TypeError, AttributeError):
-            raise UserError(f"these are no Inception weights in the format of {INCEPTION_URL}") from None
+            net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        self.net = _load(net, weights_path)
         self.classes, self.net.fc = self.net.fc.weight, nn.Identity()
         for name, block in self.net.named_children():
-            if hasattr(block, "branch_pool"):
-                block.register_forward_hook(self._pool_largest if name == "Mixed_7c" else self._pool_mean)
-        self.eval().requires_grad_(False)
-
-    @staticmethod
-    def _pool_mean(block, inputs, output):
-        branch = block.branch_pool(F.avg_pool2d(inputs[0], 3, 1, 1, count_include_pad=False))  # the block's last channels
-        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
-
-    @staticmethod
-    def _pool_largest(block, inputs, output):
-        branch = block.branch_pool(F.max_pool2d(inputs[0], 3, 1, 1))
-        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+            if name == "Mixed_7c":
+                block.register_forward_hook(_pooled_by(lambda h: F.max_pool2d(h, 3, 1, 1)))
+            elif hasattr(block, "branch_pool"):
+                block.register_forward_hook(_pooled_by(lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False)))
+        self.eval()
 
     def forward(self, images):
         x = (images.float() - 128) / 128
         for dim in (2, 3):  # TensorFlow 1's bilinear resize: row i of 299 lies at row i·H/299, with no shift of half a pixel
             length = x.shape[dim]
             at = torch.arange(299, device=x.device) * length / 299
-            low, share = at.long(), (at - at.floor()).view(-1, *[1] * (3 - dim))
+            low, share = at.long(), (at - at.floor()).view((299, 1) if dim == 2 else (299,))
             x = x.index_select(dim, low).lerp(x.index_select(dim, (low + 1).clamp(max=length - 1)), share)
         with torch.autocast(x.device.type, enabled=False):
             features = self.net(x.expand(-1, 3, -1, -1))
@@ -586,15 +590,11 @@ class InceptionFeatures(nn.Module):
 class VGGFeatures(nn.Module):
     """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict: (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8)."""
 
-    def __init__(self, weights):
+    def __init__(self, weights_path):
         super().__init__()
         with torch.device("meta"):
             net = torchvision.models.vgg16()
-        try:
-            net.load_state_dict(weights, assign=True)
-        except (RuntimeError, TypeError, AttributeError):
-            raise UserError(f"these are no VGG-16 weights in the format of {VGG_URL}") from None
-        self.net = net.features[:23].eval().requires_grad_(False)
+        self.net = _load(net, weights_path).features[:23]
 
     def forward(self, x):
         x = TF.normalize((x.float().expand(-1, 3, -1, -1) + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -647,7 +647,7 @@ def load_vgg(path, data_dir, device):
 
 def _load_network(Network, url, path, data_dir, device, metric, flag):
     try:
-        return Network(load_weights(url, path, data_dir)).to(device)
+        return Network(weights_file(url, path, data_dir)).to(device)
     except UserError as error:
         if path:
             raise

@@ -926,8 +926,15 @@ def inception_weights():
     return net.state_dict()
 
 @pytest.fixture(scope="module")
-def inception():
-    return common.InceptionFeatures(inception_weights())
+def weights_path(tmp_path_factory):
+    """The file of these weights."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(inception_weights(), path)
+    return path
+
+@pytest.fixture(scope="module")
+def inception(weights_path):
+    return common.InceptionFeatures(weights_path)
 
 def test_inception_equals_the_reference_packages(inception):
     """What torch-fidelity 0.4.0 made of two 32x32 images and pytorch-fid 0.3.0 of one of 299x299 (scaled as (u8 - 128) / 128), with the
@@ -944,10 +951,10 @@ def test_inception_equals_the_reference_packages(inception):
     expected = [[24.13364, 0.4199352, 0.0926508, 0.1490372, 0.0, 12.136705]]
     torch.testing.assert_close(inception(large[:1])[0][:, columns], torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
-def test_loading_inception_draws_no_random_numbers():
+def test_loading_inception_draws_no_random_numbers(weights_path):
     """A run with --fid, and a resumed one, has the noise of one without."""
-    weights, before = inception_weights(), torch.get_rng_state()
-    common.InceptionFeatures(weights)
+    before = torch.get_rng_state()
+    common.InceptionFeatures(weights_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 def test_features_are_of_one_image(inception):
@@ -1049,7 +1056,7 @@ def test_vgg_features_are_relu4_3(tmp_path):
                for name, value in net.state_dict().items()}  # the classifier is 120 million numbers, and not used
     net.load_state_dict(weights, assign=True)
     torch.save(weights, tmp_path / "vgg.pth")
-    vgg = common.VGGFeatures(common.load_weights(common.VGG_URL, tmp_path / "vgg.pth", tmp_path))
+    vgg = common.VGGFeatures(tmp_path / "vgg.pth")
     h, relus = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), 0
     with torch.no_grad():
         for layer in net.features:
@@ -1063,15 +1070,15 @@ def test_vgg_features_are_relu4_3(tmp_path):
 
 def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
     """The file is kept, its hash is that of its name; a file with another is refused and not kept."""
-    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes(b"weights")
     digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
     (tmp_path / "w.pth").rename(tmp_path / f"net-{digest}.pth")
     url = (tmp_path / f"net-{digest}.pth").as_uri()
-    assert common.load_weights(url, None, tmp_path / "data")["a"].tolist() == [1, 1]
+    assert common.weights_file(url, None, tmp_path / "data").read_bytes() == b"weights"
     (tmp_path / f"net-{digest}.pth").rename(tmp_path / "net-00000000.pth")
-    assert common.load_weights(url, None, tmp_path / "data")["a"].tolist() == [1, 1]  # from data/downloads
+    assert common.weights_file(url, None, tmp_path / "data") == tmp_path / "data" / "downloads" / f"net-{digest}.pth"  # not again
     with pytest.raises(UserError, match="net-00000000.pth"):
-        common.load_weights((tmp_path / "net-00000000.pth").as_uri(), None, tmp_path / "data")
+        common.weights_file((tmp_path / "net-00000000.pth").as_uri(), None, tmp_path / "data")
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [f"net-{digest}.pth"]
 
 @pytest.mark.parametrize("load, name, flag", [(common.load_inception, "pt_inception-2015-12-05-6726825d.pth", "--inception_weights"),
@@ -1086,5 +1093,7 @@ def test_offline_one_line_names_file_address_and_place(load, name, flag, tmp_pat
     for content in (b"no weights", None):  # a file that was asked for and is wrong, damaged or of another network, is an error
         path = tmp_path / "given.pth"
         torch.save({"a": torch.ones(1)}, path) if content is None else path.write_bytes(content)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="given.pth is missing, damaged or holds no weights of (Inception3|VGG)"):
             load(path, tmp_path, "cpu")
+    with pytest.raises(UserError, match="never.pth"):
+        load(tmp_path / "never.pth", tmp_path, "cpu")

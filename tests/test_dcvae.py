@@ -191,16 +191,19 @@ def test_vae_loss_is_minus_the_elbo():
         log_p = Normal(model.decoder(z), 0.5**0.5).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(terms["pixel"] + 3 * 16 * 16 / 2 * math.log(math.pi), -log_p, rtol=1e-3, atol=1e-2)
 
+def codes(model, x, samples):
+    """Codes of x as drawn from seed 1, then those of `samples` images -> (B + samples, L)."""
+    mean, log_var = model.encoder(x)
+    torch.manual_seed(1)
+    return torch.cat([mean + (log_var / 2).exp() * torch.randn_like(mean), torch.randn(samples, 6)])
+
 def test_terms_against_parts():
     """dcvae's terms from the parts: contrast of reconstructions only, gan of reconstructions and of twice as many samples."""
     model, x = make().eval(), torch.rand(3, 3, 16, 16) * 2 - 1
     where, keys = model.encode_keys(x)
     terms = seeded(model.terms, x, where, keys)
     with torch.no_grad():
-        mean, log_var = model.encoder(x)
-        torch.manual_seed(1)
-        z = torch.cat([mean + (log_var / 2).exp() * torch.randn_like(mean), torch.randn(6, 6)])
-        scores, features = model.discriminator(model.decoder(z))
+        scores, features = model.discriminator(model.decoder(codes(model, x, 6)))
         torch.testing.assert_close(terms["gan"], -0.5 * scores[:3] - 0.5 * scores[3:].mean())
         nce = [info_nce(features[name][:3], keys[name], model.queue[name], 0.07)[0] for name in ("b1", "final")]
         torch.testing.assert_close(terms["contrast"], (nce[0] + nce[1]) / 2)
@@ -211,10 +214,7 @@ def test_discriminator_terms_against_parts():
     where, keys = model.encode_keys(x)
     terms = seeded(model.discriminator_terms, x, where, keys)
     with torch.no_grad():
-        mean, log_var = model.encoder(x)
-        torch.manual_seed(1)
-        z = torch.cat([mean + (log_var / 2).exp() * torch.randn_like(mean), torch.randn(3, 6)])
-        fakes = model.decoder(z)
+        fakes = model.decoder(codes(model, x, 3))
         for name, images in (("real", x), ("reconstructed", fakes[:3]), ("sampled", fakes[3:])):
             torch.testing.assert_close(terms[name], model.discriminator(images)[0])
         torch.testing.assert_close(terms["d_gan"], discriminator_gan("hinge", terms["real"], terms["reconstructed"], terms["sampled"]))
