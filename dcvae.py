@@ -537,7 +537,7 @@ def report(folder, state, split, rows, total, data):
         height = math.ceil(len(keys) / 4)
         figure = Figure(figsize=(12, 2.5 * height))
         figure.suptitle("training blue, validation orange")
-        for key, axes in zip(keys, figure.subplots(height, 4, squeeze=False, gridspec_kw={"hspace": 0.35}).flat):
+        for key, axes in zip(keys, figure.subplots(height, 4, squeeze=False, gridspec_kw={"hspace": 0.35, "wspace": 0.35}).flat):
             for name, colour in (("train", "C0"), ("valid", "C1")):
                 steps = [(r["step"], r[key]) for r in records if r["split"] == name and key in r]
                 if steps:
