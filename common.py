@@ -1,4 +1,4 @@
-"""What every script shares: image datasets · the discretized mixture of logistics · metrics. Nothing else.
+"""What every script shares: image datasets · the discretized mixture of logistics · metrics, over all processes. Nothing else.
 
 Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are float (B, C, H, W) in [-1, 1]: the 256 levels
 0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. `from_uint8` and `to_uint8` are the only two places that know it.
@@ -6,19 +6,25 @@ Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are floa
     B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
 """
 
+import contextlib
+import json
 import math
 import os
 import pickle
 import shutil
+import sys
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -28,6 +34,65 @@ from torchvision.transforms import functional as TF
 
 class UserError(Exception):
     """A request that cannot be met. `main` prints it as one line and exits with code 2."""
+
+# ---- Processes: under torchrun there are several, each with its share of every batch ------------------------------------
+
+def join_processes(device):
+    """Under torchrun, meet the other processes: NCCL between GPUs, one for each process, gloo between CPUs. All but the first fall
+    silent. -> this process's device."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            device += ":" + os.environ["LOCAL_RANK"]
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+def processes():
+    """-> the rank of this process, how many there are: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def barrier():
+    """Wait until every process has come here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+def summed(values):
+    """Tensor -> its sum over all processes, in float64 on the CPU, the same bits in each of them."""
+    values = values.detach().cpu().double()  # in this order: mps has no double
+    if processes()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+def gathered(values):
+    """(B, …) of each process -> (processes·B, …): the joint batch, in the order in which `Batches.batch` dealt it out."""
+    if processes()[1] == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(processes()[1])]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+def merged(results):
+    """{number of a batch: what `shared` made of it} of each process -> that of all, ordered by number."""
+    parts = [results]
+    if processes()[1] > 1:
+        dist.all_gather_object(parts := [None] * processes()[1], results)
+    return dict(sorted(item for part in parts for item in part.items()))
+
+def seed_noise(*numbers):
+    """From here on random numbers follow from these alone (--seed, step, process): a resumed run needs no more to draw the same."""
+    torch.manual_seed(zlib.crc32(repr(numbers).encode()))
+
+def shared(batches):
+    """This process's share of an evaluation: every n-th of the batches, with its number. What is drawn for a batch follows from that
+    number and the last seed, so results do not depend on which process draws it, or on what was evaluated before it."""
+    seed, (rank, world) = torch.initial_seed(), processes()
+    for i, batch in enumerate(batches):
+        if i % world == rank:
+            seed_noise(seed, i)
+            yield i, batch
+    torch.manual_seed(seed)
 
 # ---- Pixels: 256 levels in [-1, 1] ------------------------------------------------------------------------------------
 
@@ -101,10 +166,11 @@ def load_images(name, data_dir, size=None):
         raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
     key = name if source is None else _folder_key(source)
     folder = Path(data_dir) / f"{key}-{size}"
-    if not folder.is_dir():
+    if processes()[0] == 0 and not folder.is_dir():
         print(f"preparing {folder} (once)", flush=True)
         splits = _folder_splits(source, size) if source else globals()[f"_{name}_splits"](Path(data_dir), size)
         _store(folder, splits)
+    barrier()
     train, test = (_open(folder / f"{split}.npy", 4) for split in ("train", "test"))
     order = np.random.default_rng(0).permutation(len(train))
     n_valid = max(1, round(VALID_SHARE * len(train)))
@@ -327,43 +393,61 @@ def load_points(name):
 class Batches:
     """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.
 
-    The split is kept on the device as uint8 up to RESIDENT_BYTES and stays memory-mapped beyond; flips and shifts are tensor
-    operations there, so there are no worker processes. `batch(step)` is training: which images it holds follows from (seed,
-    step) alone, so that a resumed run sees what the unbroken one would have seen. Iterating is evaluation: the whole split
-    once, in order, the last batch smaller if need be.
+    The split is kept on the device as uint8 up to RESIDENT_BYTES. A larger one stays memory-mapped, and a thread reads the next
+    batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no worker processes.
+    `batch(step)` is training: which images it holds follows from (seed, step) alone, so that a resumed run sees what the unbroken
+    one would have seen; it must split into `parts` equal parts, else UserError. Iterating is evaluation: the whole split once, in
+    order, the last batch smaller if need be.
     """
 
-    def __init__(self, images, batch_size, device, seed=0, augment=False):
+    def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1):
         self.images, self.device, self.seed, self.augment = images, torch.device(device), seed, augment
         self.count, self.batch_size = len(images), min(batch_size, len(images))
+        if self.batch_size % parts:
+            raise UserError(f"a batch of {self.batch_size} images does not split into {parts} equal parts (processes times --accumulate)")
         self.per_epoch = self.count // self.batch_size
         self.resident = None
         if math.prod(images.shape) <= RESIDENT_BYTES:
             self.resident = torch.from_numpy(np.array(images[:])).to(self.device)
+        self.reader, self.ahead = ThreadPoolExecutor(1), {}  # {key: what the thread reads}
         self.epoch, self.order = None, None
 
     def _beside_images(self, index):
         """Positions where they are used, moved once an epoch: a step must not wait for a copy."""
         return index if self.resident is None else index.to(self.device)
 
-    def _levels(self, index):
-        """Positions (B,) -> uint8 (B, H, W, C) on the device."""
+    def _read(self, index):
+        """Positions (B,) -> uint8 (B, H, W, C) in memory from which a GPU can copy by itself ("pinned")."""
+        levels = torch.from_numpy(np.array(self.images[index.numpy()]))
+        return levels.pin_memory() if self.device.type == "cuda" else levels
+
+    def _levels(self, index, following):
+        """Positions (B,) -> uint8 (B, H, W, C) on the device; where it must be read, reading of `following` begins."""
         if self.resident is not None:
             return self.resident[index]
-        return torch.from_numpy(np.array(self.images[index.numpy()])).to(self.device)
+        reading = self.ahead.get(key := tuple(index.tolist())) or self.reader.submit(self._read, index)
+        self.ahead = {tuple(following.tolist()): self.reader.submit(self._read, following)} if len(following) else {}
+        return reading.result().to(self.device, non_blocking=True)
 
-    def batch(self, step):
-        """The training batch of step 0, 1, 2, …; every epoch is a new permutation of the split."""
-        epoch, i = divmod(step, self.per_epoch)
+    def _order(self, epoch):
+        """The epoch's permutation (N,)."""
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self.epoch, self.order = epoch, self._beside_images(torch.randperm(self.count, generator=generator))
-        levels = self._levels(self.order[i * self.batch_size:(i + 1) * self.batch_size])
+        return self.order
+
+    def batch(self, step, rank=0, world=1):
+        """The training batch of step 0, 1, 2, …, or the share that process `rank` of `world` has of it; every epoch is a new permutation."""
+        epoch, i = divmod(step, self.per_epoch)
+        index = self._order(epoch)[i * self.batch_size:(i + 2) * self.batch_size]  # and the next, unless a new epoch begins
+        this, following = index[:self.batch_size][rank::world], index[self.batch_size:][rank::world]
+        levels = self._levels(this, following)
         return from_uint8((augment(levels) if self.augment else levels).permute(0, 3, 1, 2))
 
     def __iter__(self):
-        for index in self._beside_images(torch.arange(self.count)).split(self.batch_size):
-            yield from_uint8(self._levels(index).permute(0, 3, 1, 2))
+        parts = self._beside_images(torch.arange(self.count)).split(self.batch_size)
+        for index, following in zip(parts, (*parts[1:], parts[0][:0])):
+            yield from_uint8(self._levels(index, following).permute(0, 3, 1, 2))
 
 def augment(levels, share=0.05):
     """Random flips and shifts by up to ceil(5 %) of the side, each image its own: uint8 (B, H, W, C) -> same shape.
@@ -495,22 +579,38 @@ def psnr(x, y):
 
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
-    totals = {}
-    for x in batches:
-        for name, values in model.terms(x).items():
-            totals[name] = totals.get(name, 0.0) + values.sum().item()
-    return {name: total / batches.count for name, total in totals.items()}
+    sums = merged({i: {name: values.double().sum().item() for name, values in model.terms(x).items()} for i, x in shared(batches)})
+    return {name: sum(row[name] for row in sums.values()) / batches.count for name in sums[0]}
 
-def importance_weighted(model, batches, samples, dims):
+def importance_weighted(model, batches, samples, dims, kept=os.devnull):
     """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. 8), averaged over a split, in bits per dimension.
 
-    iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same
-    weights of the same images: what iw_bpd is to be held against.
+    iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same weights of
+    the same images: what iw_bpd is to be held against. Sums over samples and images are float64. It takes long: the file `kept`
+    holds what is done so far, so that a second call goes on where the first was stopped, and is deleted at the end.
     """
-    log_w = torch.cat([model.log_weights(x, samples).cpu().double() for x in batches], 1)  # (S, N)
-    bpd = bits_per_dim(-log_mean_exp(log_w), dims)
+    done, new, start, shown = {}, {}, time.perf_counter(), 0
+    for line in Path(kept).read_text().splitlines() if os.path.exists(kept) else ():
+        with contextlib.suppress(ValueError):  # a line cut short, as the process was killed
+            i, done[i] = json.loads(line)
+    for i, x in shared(batches):
+        if i in done:
+            continue
+        log_w = model.log_weights(x, samples).cpu().double()  # (S, B); in this order: mps has no double
+        new[i] = [log_mean_exp(log_w).tolist(), log_w.mean(0).tolist()]
+        with open(kept, "a") as file:
+            file.write(json.dumps([i, new[i]]) + "\n")
+        seconds, count = time.perf_counter() - start, len(new) * processes()[1]
+        if seconds > shown + 30:
+            shown, left = seconds, math.ceil(batches.count / batches.batch_size) - len(done) - count
+            print(f"importance weighting: {(len(done) + count) * batches.batch_size} of {batches.count} images  "
+                  f"{timedelta(seconds=int(seconds))} < {timedelta(seconds=int(seconds * left / count))}", flush=True)
+    bounds = [torch.tensor(sum(rows, []), dtype=torch.float64) for rows in zip(*merged(done | new).values())]
+    if kept != os.devnull and processes()[0] == 0:
+        Path(kept).unlink(missing_ok=True)
+    bpd, elbo_bpd = (bits_per_dim(-nats, dims) for nats in bounds)
     return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std(correction=min(1, len(bpd) - 1)).item() / len(bpd)**0.5, "iw_samples": samples,
-            "iw_images": len(bpd), "iw_elbo_bpd": bits_per_dim(-log_w.mean().item(), dims)}
+            "iw_images": len(bpd), "iw_elbo_bpd": elbo_bpd.mean().item()}
 
 def seconds_to_sample(model, n, runs=10):
     """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column)."""
@@ -606,16 +706,17 @@ def perceptual_distance(vgg, x, y):
     return (vgg(x) - vgg(y)).square().mean((1, 2, 3))
 
 def feature_statistics(inception, batches):
-    """Batches of uint8 (B, C, H, W), read one by one -> mean (2048,) and covariance of the features, float64; class
-    probabilities (N, 1008)."""
-    total, outer, probabilities = 0, 0, []
-    for images in batches:
+    """Pairs as from `shared`, a number and uint8 images (B, C, H, W), read one by one -> mean (2048,) and covariance of the features
+    of all processes, float64; class probabilities (N, 1008)."""
+    total, outer, probabilities = 0, 0, {}
+    for i, images in batches:
         features, logits = inception(images)
         features = features.cpu().double()  # in this order: mps has no double
         total, outer = total + features.sum(0), outer + features.T @ features
-        probabilities.append(logits.softmax(1).cpu())
-    probabilities = torch.cat(probabilities)
+        probabilities[i] = logits.softmax(1).cpu()
+    probabilities = torch.cat(list(merged(probabilities).values()))
     n = len(probabilities)
+    total, outer = map(sum, zip(*merged({processes()[0]: (total, outer)}).values()))
     mean = total / n
     return mean, (outer - n * torch.outer(mean, mean)) / max(1, n - 1), probabilities
 
@@ -655,17 +756,21 @@ def _load_network(Network, url, path, data_dir, device, metric, flag):
         return None
 
 def draws(model, count, batch_size=100):
-    """`count` samples as uint8 batches, drawn when they are asked for."""
-    for start in range(0, count, batch_size):
-        yield to_uint8(model.sample(min(batch_size, count - start)))
+    """`count` samples as uint8 batches, drawn when they are asked for, with their numbers as from `shared`."""
+    for i, start in shared(range(0, count, batch_size)):
+        yield i, to_uint8(model.sample(min(batch_size, count - start)))
+
+def levels(batches):
+    """The images of `batches` as `feature_statistics` takes them."""
+    return ((i, to_uint8(x)) for i, x in shared(batches))
 
 def reference_statistics(inception, images, device):
     """{split: feature_statistics} of the training images, those for validation included, and of the test images."""
-    return {split: feature_statistics(inception, map(to_uint8, Batches(array, 100, device)))
+    return {split: feature_statistics(inception, levels(Batches(array, 100, device)))
             for split, array in (("train", images.train.array), ("test", images.test))}
 
 def inception_metrics(inception, batches, references):
-    """FID of uint8 batches against each of {split: feature_statistics}, their Inception Score, and how many images each stands on."""
+    """FID of numbered uint8 batches against each of {split: feature_statistics}, their Inception Score, and how many images each stands on."""
     mean, cov, probabilities = feature_statistics(inception, batches)
     score, sd = inception_score(probabilities)
     results = {"inception_score": score, "inception_score_sd": sd, "fid_images": len(probabilities)}

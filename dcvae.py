@@ -28,11 +28,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, draws, feature_statistics, inception_metrics, load_images, load_inception, load_vgg,
-                    perceptual_distance, pixel_distance, quantize, reference_statistics, seconds_to_sample, to_uint8)
+from common import (Batches, UserError, barrier, draws, feature_statistics, gathered, inception_metrics, join_processes,
+                    levels, load_images, load_inception, load_vgg, merged, perceptual_distance, pixel_distance, processes,
+                    quantize, reference_statistics, seconds_to_sample, seed_noise, shared, summed, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -53,7 +56,8 @@ class Config:
     small: bool = flag(False, "the same networks narrowed for a laptop CPU")
     epochs: int = flag(800, "passes over the training images")
     steps: int = flag(None, "training steps, each one update of encoder and decoder (overrides --epochs)")
-    batch_size: int = flag(64, "images an update")  # NOTE(paper): 128 in 5.1; the release has that for samples only
+    accumulate: int = flag(1, "parts that an update is computed in, one after another, for less memory")
+    batch_size: int = flag(64, "images an update, all processes together")  # NOTE(paper): 128 in 5.1; the release has that for samples only
     d_steps: int = flag(5, "updates of the discriminator a step, each on a batch of its own; --loss contrastive has 1")
     lr: float = flag(2e-4, "Adam's learning rate, constant", low=0)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)", low=0)
@@ -66,8 +70,8 @@ class Config:
     ema: float = flag(0.999, "of the decoder's average, which draws all figures and is evaluated", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the losses")
+    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on cuda, from Ampere on", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile the losses (default: on cuda, from Ampere on, under Linux)")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     resume: bool = flag(False, "continue the run in that folder")
     eval: bool = flag(False, "evaluate the run in that folder, no training")
@@ -359,7 +363,8 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put keys {layer: (B, d)} in place of the oldest negatives."""
+        """Put keys {layer: (B, d)}, those of all processes, in place of the oldest negatives."""
+        keys = {name: gathered(key) for name, key in keys.items()}
         count = min(self.cfg.negatives, *map(len, keys.values()))
         at = (self.queued + torch.arange(count, device=self.queued.device)) % self.cfg.negatives
         for name, key in keys.items():
@@ -410,48 +415,58 @@ def train(cfg, model, images, folder, checkpoint):
 
     A step is --d_steps updates of D, each on a batch of its own, then one of encoder and decoder on the last of these batches.
     """
+    rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
     batch_size = min(cfg.batch_size, max(1, len(images.train) // d_steps))
-    data = Batches(images.train, d_steps * batch_size, cfg.device, cfg.seed)  # no augmentation, as released
+    data = Batches(images.train, d_steps * batch_size, cfg.device, cfg.seed, parts=d_steps * world * cfg.accumulate)  # no augmentation, as released
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total = cfg.steps or cfg.epochs * data.per_epoch
     inception = load_inception(cfg.inception_weights, cfg.data_dir, cfg.device) if cfg.fid else None
-    references = {"valid": feature_statistics(inception, map(to_uint8, valid))} if inception else {}
+    references = {"valid": feature_statistics(inception, levels(valid))} if inception else {}
+    if world > 1 and valid.device.type == "cuda":  # there is none for CPUs
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # One Adam for both players: it skips what has no gradient, and counts each parameter's updates for itself.
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.0, 0.9))
-    autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
-    discriminator = list(model.discriminator.parameters()) if model.discriminator else []
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
-    terms_of, discriminator_terms_of = (torch.compile(f) if cfg.compile else f for f in (model.terms, model.discriminator_terms))
+    terms_of = prepared(cfg, model.terms, model.encoder, model.decoder)
+    if model.discriminator:  # parts of it are unused in some losses
+        discriminator_terms_of = prepared(cfg, model.discriminator_terms, model.discriminator, find_unused_parameters=True)
 
-    def update(parameters, terms):
-        """One step of Adam for these parameters; the others stay as they are."""
-        loss = sum(weight * terms[name].mean() for name, weight in model.weights.items() if name in terms)
+    def update(function, x, where, keys):
+        """One step of Adam for the player whose losses `function` computes."""
         optimizer.zero_grad()
-        loss.backward(inputs=parameters)
+        row, parts = {}, cfg.accumulate
+        for i, part in enumerate(x.chunk(parts)):
+            with autocast(cfg):
+                terms = function(part, where, keys and {name: key.chunk(parts)[i] for name, key in keys.items()})
+            loss = sum(weight * terms[name].mean() for name, weight in model.weights.items() if name in terms) / parts
+            loss.backward()
+            row = {name: row.get(name, 0) + values.detach().mean() / parts for name, values in terms.items()}
         optimizer.step()
-        rows[-1] |= {name: values.detach().mean() for name, values in terms.items()}
+        rows[-1] |= row
 
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
+            seed_noise(cfg.seed, step, rank)
             rows.append({})
             where, keys = None, None
-            for i, x in enumerate(data.batch(step - 1).chunk(d_steps), 1):
+            for i, x in enumerate(data.batch(step - 1, rank, world).chunk(d_steps), 1):
                 if model.discriminator:
-                    with autocast(cfg):
-                        if model.contrastive and i == d_steps:  # D lowers the contrast as often as encoder and decoder do
+                    if model.contrastive and i == d_steps:  # D lowers the contrast as often as encoder and decoder do
+                        with autocast(cfg):
                             where, keys = model.encode_keys(x, cfg.patch_after is not None and step > cfg.patch_after)
-                        terms = discriminator_terms_of(x, where, keys)
-                    update(discriminator, terms)
-            with autocast(cfg):
-                terms = terms_of(x, where, keys)
-            update(autoencoder, terms)
+                    update(discriminator_terms_of, x, where, keys)
+            if model.discriminator:  # it is judge here: no gradients of its weights
+                model.discriminator.requires_grad_(False)
+            update(terms_of, x, where, keys)
+            if model.discriminator:
+                model.discriminator.requires_grad_(True)
             if keys:
                 model.enqueue(keys)
             update_average(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))  # a short run's is of its end too
             state["step"] = step
-            stopping = bool(stop)  # read once: a later request ends the next step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            stopping = asked(stop, waiting=log or validate or keep)
             if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data)
                 rows = []
@@ -461,7 +476,8 @@ def train(cfg, model, images, folder, checkpoint):
                     if inception:
                         row |= inception_metrics(inception, draws(model, min(cfg.fid, len(images.valid))), references)
                     report(folder, state, "valid", [row], total, data)
-                    draw(cfg, model, images.valid, folder, f"{step:06d}")
+                    if rank == 0:
+                        draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if row.get("fid_valid", math.inf) < state["best"]:  # without FID no number says which step is best
                     state["best"] = row["fid_valid"]
                     save(folder / "best.pt", cfg, model, optimizer, state)
@@ -494,6 +510,11 @@ def stop_requests():
         for number, handler in before.items():
             signal.signal(number, handler)
 
+# Copied from vae.py: asked
+def asked(stop, waiting):
+    """Whether any process was asked to stop. Several of them compare notes only where they wait for the device anyway."""
+    return bool(stop) if processes()[1] == 1 else waiting and summed(torch.tensor(len(stop))).item() > 0
+
 # Copied from vae.py: autocast
 def autocast(cfg):
     """The networks' precision, --dtype."""
@@ -502,26 +523,38 @@ def autocast(cfg):
 # Copied from vae.py: inference
 @contextlib.contextmanager
 def inference(cfg):
-    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    device = torch.device(cfg.device)
-    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-    with torch.no_grad(), autocast(cfg), fork:
+    """No gradients, noise that follows from --seed alone, and normalised weights computed once, not in every pass."""
+    with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
         yield
 
+# Copied from vae.py: prepared
+def prepared(cfg, function, *parts, **options):
+    """`function`, compiled with --compile; under torchrun its backward pass averages the gradients of `parts` over all processes."""
+    if cfg.compile:
+        function = torch.compile(function, fullgraph=True)
+    if processes()[1] == 1:
+        return function
+    module = nn.ModuleList(parts)  # DistributedDataParallel wraps modules: one whose forward is `function`
+    module.forward = function
+    return DistributedDataParallel(module, **options)
+
 # Changed from vae.py: losses of two players, a curve for each, no bound
 def report(folder, state, split, rows, total, data):
-    """Average rows [{key: value}] for the console, log.jsonl and curves.png.
+    """Average rows [{key: value}], and processes, for the console, log.jsonl and curves.png.
 
     Raises FloatingPointError, naming step and keys, where a row is not finite.
     """
-    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows])
+    values = (summed(values) / processes()[1]).tolist()
     for step, row in enumerate(values, state["step"] - len(rows) + 1):
         if not all(map(math.isfinite, row)):
             raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
     means = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
     step, before = state["step"], state["seconds"]
     state["seconds"] = time.perf_counter() - state["start"]
+    if processes()[0]:
+        return
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "split": split, **means, "seconds": state["seconds"]}) + "\n")
     rate = len(rows) * data.batch_size / (state["seconds"] - before)
@@ -549,16 +582,17 @@ def report(folder, state, split, rows, total, data):
 def distances(model, batches, vgg=None):
     """x against x̂, means over a split: pixel and, with VGGFeatures, perceptual distance; the KL in nats per image and per latent
     dimension, and in how many dimensions it is above 0.05 nats."""
-    rows, kl = {"pixel_distance": []} | ({"perceptual_distance": []} if vgg else {}), []
-    for x in batches:
+    rows = {}
+    for i, x in shared(batches):
         mean, log_var = model.encoder(x)
         x_hat = model.decode(draw_code(mean, log_var) if model.cfg.draw_code else mean)
-        rows["pixel_distance"].append(pixel_distance(x, x_hat))
+        rows[i] = {"pixel_distance": pixel_distance(x, x_hat).cpu(), "kl": gaussian_kl(mean, log_var).cpu()}
         if vgg:
-            rows["perceptual_distance"].append(perceptual_distance(vgg, x, x_hat))
-        kl.append(gaussian_kl(mean, log_var))
-    kl = torch.cat(kl).mean(0)  # (L,)
-    return {**{name: torch.cat(values).mean().item() for name, values in rows.items()},
+            rows[i]["perceptual_distance"] = perceptual_distance(vgg, x, x_hat).cpu()
+    rows = merged(rows).values()
+    means = {name: torch.cat([row[name] for row in rows]).mean(0) for name in next(iter(rows))}
+    kl = means.pop("kl")  # (L,)
+    return {**{name: value.item() for name, value in means.items()},
             "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(), "active": (kl > 0.05).sum().item()}
 
 def factor(cfg, images, split):
@@ -659,8 +693,10 @@ def evaluate(cfg, model, images, folder, state):
         if inception:
             references = reference_statistics(inception, images, cfg.device)
             results |= inception_metrics(inception, draws(model, cfg.fid), references)
-            of_reconstructions = inception_metrics(inception, (to_uint8(model.reconstruct(x)) for x in test), references)
+            of_reconstructions = inception_metrics(inception, ((i, to_uint8(model.reconstruct(x))) for i, x in shared(test)), references)
             results |= {f"reconstruction_{name}": value for name, value in of_reconstructions.items()}
+        if processes()[0]:
+            return
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
@@ -696,22 +732,20 @@ def main(Model, argv=None):
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
+        return explain(error)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
-           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("accumulate data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid "
+           "inception_weights".split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(Config):
@@ -720,16 +754,28 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
         parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
-    return cfg
+    modern = cfg.device.startswith("cuda") and torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # computes in bf16, can compile
+    cfg.dtype = ("bf16" if modern else "fp32") if cfg.dtype == "auto" else cfg.dtype
+    cfg.compile = modern and sys.platform == "linux" if cfg.compile is None else cfg.compile
+    return dataclasses.replace(cfg, device=join_processes(cfg.device))
+
+def explain(error):
+    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
+    if isinstance(error, RuntimeError):
+        if processes()[1] > 1:
+            print("a bug, or another process is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
+        raise error
+    print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
     folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    barrier()  # what process 0 saves is there for all
     path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
     if not (cfg.resume or cfg.eval):
         if (folder / "last.pt").exists():
@@ -749,25 +795,22 @@ def open_run(cfg):
 
 def start_run(cfg, folder, model, images):
     """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
-    if not cfg.resume:
+    if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
-    print("trained parameters:", {name: trained(part) for name, part in model.named_children()})
-    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
-    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images\n"
+          f"{processes()[1]} x {cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
-    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
-    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
-    if device.type != "cpu":
-        rng.append(torch.get_device_module(device).get_rng_state(device))
-    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """One whole checkpoint of tensors and plain types, written by process 0 aside and renamed: `path` is never half a file."""
+    if processes()[0] == 0:
+        torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
 def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""
@@ -775,13 +818,11 @@ def restore(cfg, folder, checkpoint, model, optimizer):
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"][0])
-    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
-    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
-        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
+    state, log = checkpoint["state"], folder / "log.jsonl"
+    if processes()[0] == 0:
+        lines = (line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n"))
+        log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
     return state | {"start": time.perf_counter() - state["seconds"]}
 
 if __name__ == "__main__":

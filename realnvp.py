@@ -24,12 +24,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Normal
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (POINTS, Batches, UserError, bits_per_dim, draws, from_uint8, importance_weighted,
-                    inception_metrics, load_images, load_inception, load_points, mean_terms, reference_statistics,
-                    seconds_to_sample, to_uint8)
+from common import (POINTS, Batches, UserError, barrier, bits_per_dim, draws, from_uint8, importance_weighted,
+                    inception_metrics, join_processes, load_images, load_inception, load_points, mean_terms, processes,
+                    reference_statistics, seconds_to_sample, seed_noise, summed, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Copied from vae.py: flag
@@ -48,12 +50,13 @@ class Config:
     small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step (default 64, points 512)")
+    batch_size: int = flag(None, "images a step, all processes together (default 64, points 512)")
+    accumulate: int = flag(1, "parts that a batch is computed in, one after another, for less memory")
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, from 1000 on falls", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the bound")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda, from Ampere on", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile the bound (default: on cuda, from Ampere on, under Linux)")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     resume: bool = flag(False, "continue the run in that folder")
     eval: bool = flag(False, "evaluate the run in that folder, no training")
@@ -291,36 +294,41 @@ class RealNVP(nn.Module):
 # Changed from vae.py: Adam, its rate, l2, clipping; nothing to initialise
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -log p(x), in nats per image averaged over the batch, plus l2. Returns False where Ctrl-C or SIGTERM ended it."""
-    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
+    rank, world = processes()
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world * cfg.accumulate)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
     penalised = [p for name, p in model.named_parameters() if name.endswith(("original0", "scale"))]  # weight norm's g, tanh's factor
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
-    terms_of = torch.compile(model.terms) if cfg.compile else model.terms
+    terms_of = prepared(cfg, model.terms, model)
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
-            with autocast(cfg):
-                terms = terms_of(data.batch(step - 1))
             # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a falling rate averages noise out.
             optimizer.param_groups[0]["lr"] = cfg.lr * min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
-            l2 = 5e-5 * nn.utils.parameters_to_vector(penalised).square().sum()  # "on the weight scale parameters" (section 4.1)
-            loss = sum(terms.values()).mean() + l2
             optimizer.zero_grad()
-            loss.backward()
+            seed_noise(cfg.seed, step, rank)
+            rows.append({})
+            for x in data.batch(step - 1, rank, world).chunk(cfg.accumulate):
+                with autocast(cfg):
+                    terms = terms_of(x)
+                l2 = 5e-5 * nn.utils.parameters_to_vector(penalised).square().sum()  # "on the weight scale parameters" (section 4.1)
+                loss = (sum(terms.values()).mean() + l2) / cfg.accumulate  # the parts' gradients add up to that of the batch
+                loss.backward()
+                rows[-1] = {name: rows[-1].get(name, 0) + values.detach().mean() / cfg.accumulate for name, values in terms.items()}
             nn.utils.clip_grad_norm_(model.parameters(), 100)
             optimizer.step()
-            rows.append({name: values.detach().mean() for name, values in terms.items()})
             state["step"] = step
-            stopping = bool(stop)  # read once: a later request ends the next step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            stopping = asked(stop, waiting=log or validate or keep)
             if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data, dims)
                 rows = []
             if validate:
                 with inference(cfg):
                     bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
-                    draw(cfg, model, images.valid, folder, f"{step:06d}")
+                    if rank == 0:
+                        draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
@@ -344,6 +352,11 @@ def stop_requests():
         for number, handler in before.items():
             signal.signal(number, handler)
 
+# Copied from vae.py: asked
+def asked(stop, waiting):
+    """Whether any process was asked to stop. Several of them compare notes only where they wait for the device anyway."""
+    return bool(stop) if processes()[1] == 1 else waiting and summed(torch.tensor(len(stop))).item() > 0
+
 # Copied from vae.py: autocast
 def autocast(cfg):
     """The networks' precision, --dtype."""
@@ -352,26 +365,38 @@ def autocast(cfg):
 # Copied from vae.py: inference
 @contextlib.contextmanager
 def inference(cfg):
-    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    device = torch.device(cfg.device)
-    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-    with torch.no_grad(), autocast(cfg), fork:
+    """No gradients, noise that follows from --seed alone, and normalised weights computed once, not in every pass."""
+    with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
         yield
 
+# Copied from vae.py: prepared
+def prepared(cfg, function, *parts, **options):
+    """`function`, compiled with --compile; under torchrun its backward pass averages the gradients of `parts` over all processes."""
+    if cfg.compile:
+        function = torch.compile(function, fullgraph=True)
+    if processes()[1] == 1:
+        return function
+    module = nn.ModuleList(parts)  # DistributedDataParallel wraps modules: one whose forward is `function`
+    module.forward = function
+    return DistributedDataParallel(module, **options)
+
 # Copied from vae.py: report
 def report(folder, state, split, rows, total, data, dims):
-    """Average rows [{term: nats per image}] for the console, log.jsonl and curves.png. Returns bits per dimension.
+    """Average rows [{term: nats per image}], and processes, for the console, log.jsonl and curves.png. Returns bits per dimension.
 
     Raises FloatingPointError, naming step and terms, where a row is not finite.
     """
-    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows])
+    values = (summed(values) / processes()[1]).tolist()
     for step, row in enumerate(values, state["step"] - len(rows) + 1):
         if not all(map(math.isfinite, row)):
             raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
     terms = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
     bpd, step, before = bits_per_dim(sum(terms.values()), dims), state["step"], state["seconds"]
     state["seconds"] = time.perf_counter() - state["start"]
+    if processes()[0]:
+        return bpd
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "split": split, "bpd": bpd, **terms, "seconds": state["seconds"]}) + "\n")
     parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
@@ -455,13 +480,18 @@ def evaluate(cfg, model, images, folder, state):
     with inference(cfg):
         test = Batches(images.test, cfg.batch_size, cfg.device)
         terms = mean_terms(model, test)
+        bound, fid = {}, {}
+        if not model.plane:
+            kept = folder / f"importance-{state['step']}-{cfg.iw_samples}-{count}-{cfg.dtype}.jsonl"
+            bound = importance_weighted(model, Batches(images.test[:count], cfg.batch_size, cfg.device), cfg.iw_samples, dims, kept)
+            if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
+                fid = inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
+        if processes()[0]:
+            return
         if model.plane:
             results = {"nll_nats": sum(terms.values()), "integral": density(model, 2, 1000).sum().item() * (2 * 2 / 1000)**2}
         else:
-            some = Batches(images.test[:count], cfg.batch_size, cfg.device)
-            results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **importance_weighted(model, some, cfg.iw_samples, dims)}
-            if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
-                results |= inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
+            results = {"elbo_bpd": bits_per_dim(sum(terms.values()), dims), **bound, **fid}
         results |= {
             **terms, "inverse_error": model.inverse_error(next(iter(test))).max().item(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -493,22 +523,20 @@ def main(Model, argv=None):
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
+        return explain(error)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
-           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("accumulate data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid "
+           "inception_weights".split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(Config):
@@ -517,16 +545,28 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
         parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
-    return cfg
+    modern = cfg.device.startswith("cuda") and torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # computes in bf16, can compile
+    cfg.dtype = ("bf16" if modern else "fp32") if cfg.dtype == "auto" else cfg.dtype
+    cfg.compile = modern and sys.platform == "linux" if cfg.compile is None else cfg.compile
+    return dataclasses.replace(cfg, device=join_processes(cfg.device))
+
+def explain(error):
+    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
+    if isinstance(error, RuntimeError):
+        if processes()[1] > 1:
+            print("a bug, or another process is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
+        raise error
+    print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
     folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    barrier()  # what process 0 saves is there for all
     path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
     if not (cfg.resume or cfg.eval):
         if (folder / "last.pt").exists():
@@ -546,25 +586,22 @@ def open_run(cfg):
 
 def start_run(cfg, folder, model, images):
     """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
-    if not cfg.resume:
+    if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
-    print("trained parameters:", {name: trained(part) for name, part in model.named_children()})
-    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
-    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images\n"
+          f"{processes()[1]} x {cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
-    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
-    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
-    if device.type != "cpu":
-        rng.append(torch.get_device_module(device).get_rng_state(device))
-    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """One whole checkpoint of tensors and plain types, written by process 0 aside and renamed: `path` is never half a file."""
+    if processes()[0] == 0:
+        torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
 def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""
@@ -572,13 +609,11 @@ def restore(cfg, folder, checkpoint, model, optimizer):
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"][0])
-    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
-    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
-        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
+    state, log = checkpoint["state"], folder / "log.jsonl"
+    if processes()[0] == 0:
+        lines = (line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n"))
+        log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
     return state | {"start": time.perf_counter() - state["seconds"]}
 
 if __name__ == "__main__":

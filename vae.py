@@ -23,12 +23,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Independent, Normal
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, draws,
-                    importance_weighted, inception_metrics, load_images, load_inception, log_mean_exp, mean_terms,
-                    reference_statistics, seconds_to_sample)
+from common import (Batches, UserError, barrier, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, draws,
+                    importance_weighted, inception_metrics, join_processes, load_images, load_inception, log_mean_exp,
+                    mean_terms, processes, reference_statistics, seconds_to_sample, seed_noise, summed)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 def flag(default, help, **metadata):
@@ -47,12 +49,13 @@ class Config:
     small: bool = flag(False, "the same networks narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(32, "images a step")
+    batch_size: int = flag(32, "images a step, all processes together")
+    accumulate: int = flag(1, "parts that a batch is computed in, one after another, for less memory")
     lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the bound")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda, from Ampere on", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile the bound (default: on cuda, from Ampere on, under Linux)")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     resume: bool = flag(False, "continue the run in that folder")
     eval: bool = flag(False, "evaluate the run in that folder, no training")
@@ -108,7 +111,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         hidden = max(1, channels // 8)
-        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(), conv(hidden, channels, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True), conv(hidden, channels, 1), nn.Sigmoid())
 
     def forward(self, h):
         return h * self.gate(h.mean((2, 3), keepdim=True))
@@ -120,13 +123,15 @@ class DenseBlock(nn.Module):
         self.channels = channels + steps * growth
         # NOTE(paper): "ELUs everywhere" (A.3), so one after each conv. The released code has none inside a step, and after
         # it one over all channels so far, old ones again. Same parameters here, half the memory traffic.
-        self.steps = nn.ModuleList(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(), conv(4 * growth, growth), nn.ELU())
+        # In place, as ELU's gradient can be computed from its output: what it was applied to need not be kept.
+        self.steps = nn.ModuleList(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(inplace=True), conv(4 * growth, growth), nn.ELU(inplace=True))
                                    for c in range(channels, self.channels, growth))
         self.attention = ChannelAttention(self.channels)
 
     def forward(self, h):
         for step in self.steps:
-            h = torch.cat([h, step(h)], 1)
+            new = step(h)
+            h = torch.cat([h.to(new.dtype), new], 1)  # an fp32 image among bf16 features would make them all fp32, here and after
         return self.attention(h)
 
 # ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
@@ -147,7 +152,7 @@ class Encoder(nn.Sequential):
             layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if times:
-                layers += [conv(channels, 2 * channels, stride=2), nn.ELU()]
+                layers += [conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True)]
                 channels *= 2
         super().__init__(*layers, conv(channels, c_out, 1, scale=scale))
 
@@ -159,7 +164,7 @@ class Decoder(nn.Sequential):
             layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if size > 8:
-                layers += [conv(channels, channels // 2, double=True), nn.ELU()]
+                layers += [conv(channels, channels // 2, double=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*layers, conv(channels, c_out, scale=scale))
 
@@ -362,34 +367,39 @@ class VAE(nn.Module):
 # ---- Training --------------------------------------------------------------------------------------------------------
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -ELBO, in nats per image averaged over the batch. Returns False where Ctrl-C or SIGTERM ended it early."""
-    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment)
+    rank, world = processes()
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world * cfg.accumulate)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
     if not checkpoint:
         model.initialize(data.batch(0))
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
-    terms_of = torch.compile(model.terms) if cfg.compile else model.terms
+    terms_of = prepared(cfg, model.terms, model)
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
             optimizer.param_groups[0]["lr"] = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
-            with autocast(cfg):
-                terms = terms_of(data.batch(step - 1))
-            loss = sum(terms.values()).mean()
             optimizer.zero_grad()
-            loss.backward()
+            seed_noise(cfg.seed, step, rank)
+            rows.append({})
+            for x in data.batch(step - 1, rank, world).chunk(cfg.accumulate):
+                with autocast(cfg):
+                    terms = terms_of(x)
+                loss = sum(terms.values()).mean() / cfg.accumulate  # the parts' gradients add up to that of the batch
+                loss.backward()
+                rows[-1] = {name: rows[-1].get(name, 0) + values.detach().mean() / cfg.accumulate for name, values in terms.items()}
             optimizer.step()
-            rows.append({name: values.detach().mean() for name, values in terms.items()})
             state["step"] = step
-            stopping = bool(stop)  # read once: a later request ends the next step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+            stopping = asked(stop, waiting=log or validate or keep)
             if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data, dims)
                 rows = []
             if validate:
                 with inference(cfg):
                     bpd = report(folder, state, "valid", [mean_terms(model, valid)], total, data, dims)
-                    draw(cfg, model, images.valid, folder, f"{step:06d}")
+                    if rank == 0:
+                        draw(cfg, model, images.valid, folder, f"{step:06d}")
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
@@ -412,31 +422,46 @@ def stop_requests():
         for number, handler in before.items():
             signal.signal(number, handler)
 
+def asked(stop, waiting):
+    """Whether any process was asked to stop. Several of them compare notes only where they wait for the device anyway."""
+    return bool(stop) if processes()[1] == 1 else waiting and summed(torch.tensor(len(stop))).item() > 0
+
 def autocast(cfg):
     """The networks' precision, --dtype."""
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 @contextlib.contextmanager
 def inference(cfg):
-    """No gradients; noise that follows from --seed alone, while outside the random state goes on as if none were drawn."""
-    device = torch.device(cfg.device)
-    fork = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-    with torch.no_grad(), autocast(cfg), fork:
+    """No gradients, noise that follows from --seed alone, and normalised weights computed once, not in every pass."""
+    with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
         yield
 
+def prepared(cfg, function, *parts, **options):
+    """`function`, compiled with --compile; under torchrun its backward pass averages the gradients of `parts` over all processes."""
+    if cfg.compile:
+        function = torch.compile(function, fullgraph=True)
+    if processes()[1] == 1:
+        return function
+    module = nn.ModuleList(parts)  # DistributedDataParallel wraps modules: one whose forward is `function`
+    module.forward = function
+    return DistributedDataParallel(module, **options)
+
 def report(folder, state, split, rows, total, data, dims):
-    """Average rows [{term: nats per image}] for the console, log.jsonl and curves.png. Returns bits per dimension.
+    """Average rows [{term: nats per image}], and processes, for the console, log.jsonl and curves.png. Returns bits per dimension.
 
     Raises FloatingPointError, naming step and terms, where a row is not finite.
     """
-    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows]).tolist()
+    values = torch.stack([torch.stack([torch.as_tensor(value) for value in row.values()]) for row in rows])
+    values = (summed(values) / processes()[1]).tolist()
     for step, row in enumerate(values, state["step"] - len(rows) + 1):
         if not all(map(math.isfinite, row)):
             raise FloatingPointError(f"step {step} is not finite, {dict(zip(rows[0], row))}; the last checkpoint is kept")
     terms = {name: sum(column) / len(rows) for name, column in zip(rows[0], zip(*values))}
     bpd, step, before = bits_per_dim(sum(terms.values()), dims), state["step"], state["seconds"]
     state["seconds"] = time.perf_counter() - state["start"]
+    if processes()[0]:
+        return bpd
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "split": split, "bpd": bpd, **terms, "seconds": state["seconds"]}) + "\n")
     parts = " + ".join(f"{name} {bits_per_dim(value, dims):.3f}" for name, value in terms.items())
@@ -479,17 +504,22 @@ def evaluate(cfg, model, images, folder, state):
     count = min(cfg.iw_images or (200 if cfg.small else len(images.test)), len(images.test))
     with inference(cfg):
         terms = mean_terms(model, Batches(images.test, cfg.batch_size, cfg.device))
+        kept = folder / f"importance-{state['step']}-{samples}-{count}-{cfg.dtype}.jsonl"
+        bound = importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, dims, kept)
+        fid = {}
+        if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
+            fid = inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
+        if processes()[0]:
+            return
         results = {
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
-            **importance_weighted(model, Batches(images.test[:count], 8, cfg.device), samples, dims),
+            **bound,
             "re_nats": sum(value for name, value in terms.items() if name.startswith("re_")),
             "kl_nats": sum(value for name, value in terms.items() if name.startswith("kl_")),
             **terms,
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1), "seconds_100": seconds_to_sample(model, 100),
-            "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype}
-        if cfg.fid and (inception := load_inception(cfg.inception_weights, cfg.data_dir, cfg.device)):
-            results |= inception_metrics(inception, draws(model, cfg.fid), reference_statistics(inception, images, cfg.device))
+            "step": state["step"], "train_seconds": state["seconds"], "device": cfg.device, "dtype": cfg.dtype, **fid}
         draw(cfg, model, images.test, folder, "test")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in results.items():
@@ -514,22 +544,20 @@ def main(Model, argv=None):
         evaluate(cfg, model, images, folder, checkpoint["state"])
         print(f"written to {folder}")
         return 0
-    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
+        return explain(error)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-FREE = set("data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid inception_weights "
-           .split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
+FREE = set("accumulate data_dir out_dir epochs steps device dtype compile name resume eval log_every eval_every save_every fid "
+           "inception_weights".split() + Config.free.split())  # flags that may differ from those of the run resumed or evaluated
 
 def parse_flags(argv=None):
     """Command line -> Config, each field a flag. A wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(Config):
@@ -538,16 +566,28 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cfg.dtype = ("bf16" if cfg.device.startswith("cuda") else "fp32") if cfg.dtype == "auto" else cfg.dtype
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
         parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
-    return cfg
+    modern = cfg.device.startswith("cuda") and torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # computes in bf16, can compile
+    cfg.dtype = ("bf16" if modern else "fp32") if cfg.dtype == "auto" else cfg.dtype
+    cfg.compile = modern and sys.platform == "linux" if cfg.compile is None else cfg.compile
+    return dataclasses.replace(cfg, device=join_processes(cfg.device))
+
+def explain(error):
+    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
+    if isinstance(error, RuntimeError):
+        if processes()[1] > 1:
+            print("a bug, or another process is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
+        raise error
+    print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
     folder = Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{Path(cfg.dataset).name}{cfg.size or ''}-{cfg.variant}-s{cfg.seed}")
+    barrier()  # what process 0 saves is there for all
     path = folder / ("best.pt" if cfg.eval and (folder / "best.pt").exists() else "last.pt")
     if not (cfg.resume or cfg.eval):
         if (folder / "last.pt").exists():
@@ -567,25 +607,22 @@ def open_run(cfg):
 
 def start_run(cfg, folder, model, images):
     """Print the header; for a new run make the folder, config.json and an empty log.jsonl."""
-    if not cfg.resume:
+    if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
-    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
-    print("trained parameters:", {name: trained(part) for name, part in model.named_children()})
-    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images")
-    print(f"{cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+    print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
+    print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images\n"
+          f"{processes()[1]} x {cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
-    """One whole checkpoint of tensors and plain types, written aside and renamed: `path` is never half a file."""
-    rng, device = [torch.get_rng_state()], torch.device(cfg.device)
-    if device.type != "cpu":
-        rng.append(torch.get_device_module(device).get_rng_state(device))
-    torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "rng": rng}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """One whole checkpoint of tensors and plain types, written by process 0 aside and renamed: `path` is never half a file."""
+    if processes()[0] == 0:
+        torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
 def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""
@@ -593,13 +630,11 @@ def restore(cfg, folder, checkpoint, model, optimizer):
         return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter()}
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"][0])
-    device, state, log = torch.device(cfg.device), checkpoint["state"], folder / "log.jsonl"
-    if device.type != "cpu" and len(checkpoint["rng"]) > 1:
-        torch.get_device_module(device).set_rng_state(checkpoint["rng"][1], device)
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
+    state, log = checkpoint["state"], folder / "log.jsonl"
+    if processes()[0] == 0:
+        lines = (line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n"))
+        log.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        os.replace(log.with_suffix(".tmp"), log)  # what came after the checkpoint was never saved, and comes again
     return state | {"start": time.perf_counter() - state["seconds"]}
 
 if __name__ == "__main__":

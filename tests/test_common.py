@@ -970,7 +970,7 @@ def test_statistics_are_streamed(inception, monkeypatch):
     monkeypatch.setattr(common.InceptionFeatures, "forward", lambda self, x: (x.flatten(1).float(), x.flatten(1).float() / 100))
     images = torch.randint(256, (20, 1, 2, 3), dtype=torch.uint8)
     for size in (20, 7, 1):
-        mean, cov, probabilities = common.feature_statistics(inception, iter(images.split(size)))
+        mean, cov, probabilities = common.feature_statistics(inception, enumerate(images.split(size)))
         torch.testing.assert_close(mean, images.flatten(1).double().mean(0))
         torch.testing.assert_close(cov, torch.cov(images.flatten(1).double().T))
         torch.testing.assert_close(probabilities, (images.flatten(1) / 100).softmax(1))
@@ -1017,7 +1017,7 @@ def test_inception_metrics_of_a_set_against_itself_and_another(monkeypatch):
     """FID 0 and above 0, and beside them how many images they stand on; few of them give a warning."""
     fake = lambda x: (x.flatten(1).float(), torch.nn.functional.one_hot(x[:, 0, 0, 0].long() % 2, 2) * 100.0)
     images = torch.randint(256, (50, 1, 2, 2), dtype=torch.uint8)
-    references = {"train": common.feature_statistics(fake, [images]), "test": common.feature_statistics(fake, [images[:20] // 2])}
+    references = {"train": common.feature_statistics(fake, [(0, images)]), "test": common.feature_statistics(fake, [(0, images[:20] // 2)])}
     with pytest.warns(UserWarning, match="10,000"):
         results = common.inception_metrics(fake, images.split(9), references)
     assert results["fid_train"] == pytest.approx(0, abs=1e-6) and results["fid_test"] > 100
