@@ -430,10 +430,11 @@ class Batches:
         return reading.result().to(self.device, non_blocking=True)
 
     def _order(self, epoch):
-        """The epoch's permutation (N,)."""
+        """The positions of an epoch's images, in a permutation of its own."""
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            self.epoch, self.order = epoch, self._beside_images(torch.randperm(self.count, generator=generator))
+            order = torch.randperm(self.count, generator=generator)[:self.per_epoch * self.batch_size]  # whole batches
+            self.epoch, self.order = epoch, self._beside_images(order)
         return self.order
 
     def batch(self, step, rank=0, world=1):

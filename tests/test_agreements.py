@@ -128,7 +128,7 @@ ALLOWED = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "matplotli
 @pytest.mark.parametrize("path", [ROOT / file for file in SOURCES] + sorted((ROOT / "tests").glob("*.py")),
                          ids=lambda path: path.name)
 def test_imports(path):
-    allowed = ALLOWED | ({"conftest", *SCRIPTS} if path.parent.name == "tests" else set())
+    allowed = ALLOWED | ({"conftest", "pair", *SCRIPTS} if path.parent.name == "tests" else set())
     if path.name == "common.py":
         allowed = allowed - {"common"}
     for node in ast.walk(ast.parse(path.read_text())):

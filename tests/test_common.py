@@ -1019,7 +1019,7 @@ def test_inception_metrics_of_a_set_against_itself_and_another(monkeypatch):
     images = torch.randint(256, (50, 1, 2, 2), dtype=torch.uint8)
     references = {"train": common.feature_statistics(fake, [(0, images)]), "test": common.feature_statistics(fake, [(0, images[:20] // 2)])}
     with pytest.warns(UserWarning, match="10,000"):
-        results = common.inception_metrics(fake, images.split(9), references)
+        results = common.inception_metrics(fake, enumerate(images.split(9)), references)
     assert results["fid_train"] == pytest.approx(0, abs=1e-6) and results["fid_test"] > 100
     assert (results["fid_images"], results["fid_train_images"], results["fid_test_images"]) == (50, 50, 20)
     assert 1.5 < results["inception_score"] < 2 and results["inception_score_sd"] > 0
@@ -1036,7 +1036,8 @@ def test_reference_is_all_of_train_and_test(small_shapes, tmp_path):
 def test_draws_are_as_many_as_asked_for():
     class Model:
         sample = staticmethod(lambda n: torch.full((n, 1, 2, 2), 1 / 255))
-    batches = list(common.draws(Model, 250))
+    numbers, batches = zip(*common.draws(Model, 250))
+    assert numbers == (0, 1, 2)
     assert [len(x) for x in batches] == [100, 100, 50] and (torch.cat(batches) == 128).all()
 
 def test_pixel_distance_by_hand():

@@ -23,7 +23,7 @@ COMBOS = [("vae", dict(prior="normal", dataset="mnist")), ("vae", dict(prior="mo
           ("selfvae", dict(levels=0, prior="normal")), ("selfvae", dict(levels=1)),
           ("selfvae", dict(levels=2, prior="normal", size=32)), ("selfvae", dict(transform="sketch", prior="normal"))]
 COMBOS += [(script, {}) for script in SCRIPTS if script not in ("vae", "selfvae")]
-COMBOS += [("realnvp", dict(dataset="mnist")), ("realnvp", dict(dataset="moons"))]
+COMBOS += [("realnvp", dict(dataset="mnist")), ("realnvp", dict(dataset="moons", batch_size=500))]
 COMBOS += [("dcvae", dict(loss="vae", dataset="mnist")), ("dcvae", dict(loss="vaegan", gan="log")), ("dcvae", dict(loss="contrastive", patch_after=1))]
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
@@ -298,23 +298,23 @@ def test_same_seed_same_run(script, run, tmp_path, training_only):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_bf16(script, run, tmp_path, training_only):
-    assert run(script, name="bf16", dtype="bf16", steps=2, **cheap(script)) == 0
-    assert run(script, name="fp32", dtype="fp32", steps=2, **cheap(script)) == 0
-    bf16, fp32 = (score(records(tmp_path / "runs" / name)[-1]) for name in ("bf16", "fp32"))  # at step 1 a flow is the identity
+    steps = 3 if script == "realnvp" else 2  # a flow is the identity at first
+    assert run(script, name="bf16", dtype="bf16", steps=steps, **cheap(script)) == 0
+    assert run(script, name="fp32", dtype="fp32", steps=steps, **cheap(script)) == 0
+    bf16, fp32 = (score(records(tmp_path / "runs" / name)[-1]) for name in ("bf16", "fp32"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.02)
     weights = load(tmp_path / "runs" / "bf16" / "last.pt")["model"].values()
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
 
 
-def test_compile(run, tmp_path, monkeypatch, training_only):
-    """--compile traces the bound in one run. Without code generation, which takes minutes and needs a C++ compiler."""
-    traced, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: traced.append(f) or compile(f, backend="eager"))
-    assert run("vae", name="compiled", compile=True, steps=2, **cheap("vae")) == 0
-    assert run("vae", name="plain", steps=2, **cheap("vae")) == 0
-    compiled, plain = (records(tmp_path / "runs" / name)[0]["bpd"] for name in ("compiled", "plain"))
-    assert len(traced) == 1 and compiled == pytest.approx(plain, rel=1e-5)
-    torch.compiler.reset()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compile(script, run, monkeypatch, training_only):
+    """--compile compiles the losses, whole; the default on a CPU does not. What comes of it: test_scale.py."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled.append(function.__name__) or function)
+    assert run(script, name="plain", steps=1, **cheap(script)) == 0 and compiled == []
+    assert run(script, name="compiled", compile=True, steps=1, **cheap(script)) == 0
+    assert compiled == (["terms", "discriminator_terms"] if script == "dcvae" else ["terms"])
 
 
 # ---- Ends that come early ----------------------------------------------------------------------------------------------
