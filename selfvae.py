@@ -480,12 +480,13 @@ class SelfVAE(nn.Module):
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
-    def log_weights(self, x, samples, chunk=128):
+    def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
-        x and the y_k are encoded once; latents are decoded about `chunk` at a time, a matter of memory and not
+        x and the y_k are encoded once; latents are decoded about `chunk` at a time (what fills the device), a matter of speed and not
         of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
+        chunk = chunk or (32 if x.device.type == "cpu" else 512)
         y = self.representations(x)
         posteriors = [gaussian(q(y[k + 1])) for k, q in enumerate([self.q_u, *self.q_z])]
         h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.factors()}

@@ -332,11 +332,12 @@ class VAE(nn.Module):
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
-    def log_weights(self, x, samples, chunk=128):
+    def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x): (B, C, H, W) -> (samples, B) in nats.
 
-        x is encoded once; latents are decoded about `chunk` at a time: a matter of memory, not of the result.
+        x is encoded once; latents are decoded about `chunk` at a time (what fills the device): a matter of speed, not of the result.
         """
+        chunk = chunk or (32 if x.device.type == "cpu" else 512)
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample((samples,))  # (S, B, 16, 8, 8)
         log_p = []
