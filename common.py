@@ -38,16 +38,13 @@ class UserError(Exception):
 # ---- Processes: under torchrun there are several, each with its share of every batch ------------------------------------
 
 def join_processes(device):
-    """Under torchrun, meet the other processes: NCCL between GPUs, one for each process, gloo between CPUs. All but the first fall
-    silent. -> this process's device."""
+    """Under torchrun, meet the other processes: NCCL between GPUs, one for each process, gloo between CPUs. All but the first fall silent."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device += ":" + os.environ["LOCAL_RANK"]
+        if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(days=1))  # the first may have a dataset to prepare
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
-    return device
 
 def processes():
     """-> the rank of this process, how many there are: (0, 1) unless started by torchrun."""
@@ -66,7 +63,7 @@ def summed(values):
     return values
 
 def gathered(values):
-    """(B, …) of each process -> (processes·B, …): the joint batch, in the order in which `Batches.batch` dealt it out."""
+    """(B, …) of each process -> (processes·B, …), in the order of the whole batch, which `Batches.batch` dealt out by turns."""
     if processes()[1] == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(processes()[1])]
@@ -74,25 +71,35 @@ def gathered(values):
     return torch.stack(parts, 1).flatten(0, 1)
 
 def merged(results):
-    """{number of a batch: what `shared` made of it} of each process -> that of all, ordered by number."""
+    """{number: result} of each process -> those of all, ordered by number."""
     parts = [results]
     if processes()[1] > 1:
         dist.all_gather_object(parts := [None] * processes()[1], results)
     return dict(sorted(item for part in parts for item in part.items()))
 
 def seed_noise(*numbers):
-    """From here on random numbers follow from these alone (--seed, step, process): a resumed run needs no more to draw the same."""
+    """Random numbers from here on follow from these alone, in training --seed, step and process: a resumed run of as many processes
+    draws what the unbroken one would have."""
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))
 
 def shared(batches):
-    """This process's share of an evaluation: every n-th of the batches, with its number. What is drawn for a batch follows from that
-    number and the last seed, so results do not depend on which process draws it, or on what was evaluated before it."""
+    """This process's share of an evaluation: batches rank, rank + world, …, each with its number. What is drawn for a batch follows from
+    that number and the last seed, so results do not depend on which process draws it, or on what was evaluated before it."""
     seed, (rank, world) = torch.initial_seed(), processes()
     for i, batch in enumerate(batches):
         if i % world == rank:
             seed_noise(seed, i)
             yield i, batch
     torch.manual_seed(seed)
+
+def explain(script, error):
+    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
+    if isinstance(error, RuntimeError):
+        if processes()[1] > 1:
+            print("an error of this process, or another one is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
+        raise error
+    print(f"{script}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
+    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 # ---- Pixels: 256 levels in [-1, 1] ------------------------------------------------------------------------------------
 
@@ -402,18 +409,20 @@ class Batches:
 
     def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1):
         self.images, self.device, self.seed, self.augment = images, torch.device(device), seed, augment
-        self.count, self.batch_size = len(images), min(batch_size, len(images))
+        self.count = len(images)
+        self.batch_size = batch_size if batch_size <= self.count else self.count // parts * parts or self.count
         if self.batch_size % parts:
-            raise UserError(f"a batch of {self.batch_size} images does not split into {parts} equal parts (processes times --accumulate)")
+            raise UserError(f"a step's {self.batch_size} images do not split into {parts} equal parts: processes times --accumulate, "
+                            "in dcvae.py times --d_steps")
         self.per_epoch = self.count // self.batch_size
         self.resident = None
         if math.prod(images.shape) <= RESIDENT_BYTES:
-            self.resident = torch.from_numpy(np.array(images[:])).to(self.device)
+            self.resident = torch.from_numpy(np.require(images[:], requirements="W")).to(self.device)
         self.reader, self.ahead = ThreadPoolExecutor(1), {}  # {key: what the thread reads}
         self.epoch, self.order = None, None
 
     def _beside_images(self, index):
-        """Positions where they are used, moved once an epoch: a step must not wait for a copy."""
+        """`index`, on the device if the images are there: once an epoch, so that no step waits for the copy."""
         return index if self.resident is None else index.to(self.device)
 
     def _read(self, index):
@@ -422,7 +431,7 @@ class Batches:
         return levels.pin_memory() if self.device.type == "cuda" else levels
 
     def _levels(self, index, following):
-        """Positions (B,) -> uint8 (B, H, W, C) on the device; where it must be read, reading of `following` begins."""
+        """Positions (B,) -> uint8 (B, H, W, C) on the device; where they are streamed, starts reading `following`."""
         if self.resident is not None:
             return self.resident[index]
         reading = self.ahead.get(key := tuple(index.tolist())) or self.reader.submit(self._read, index)
@@ -577,36 +586,39 @@ def psnr(x, y):
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
 # The next three take any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
+# Under torchrun every process must call them, and those of features below: each does its share.
 
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
-    sums = merged({i: {name: values.double().sum().item() for name, values in model.terms(x).items()} for i, x in shared(batches)})
+    sums = merged({i: {name: values.cpu().double().sum().item() for name, values in model.terms(x).items()} for i, x in shared(batches)})
     return {name: sum(row[name] for row in sums.values()) / batches.count for name in sums[0]}
 
 def importance_weighted(model, batches, samples, dims, kept=os.devnull):
     """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. 8), averaged over a split, in bits per dimension.
 
     iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same weights of
-    the same images: what iw_bpd is to be held against. Sums over samples and images are float64. It takes long: the file `kept`
-    holds what is done so far, so that a second call goes on where the first was stopped, and is deleted at the end.
+    the same images: what iw_bpd is to be held against. Sums over samples and images are float64. What is done is appended to the
+    file `kept`, from which a stopped call goes on; it is deleted at the end.
     """
-    done, new, start, shown = {}, {}, time.perf_counter(), 0
+    done, start, shown = {}, time.perf_counter(), 0
     for line in Path(kept).read_text().splitlines() if os.path.exists(kept) else ():
         with contextlib.suppress(ValueError):  # a line cut short, as the process was killed
             i, done[i] = json.loads(line)
+    total = math.ceil(batches.count / batches.batch_size)
+    before = count = len(done)
     for i, x in shared(batches):
         if i in done:
             continue
         log_w = model.log_weights(x, samples).cpu().double()  # (S, B); in this order: mps has no double
-        new[i] = [log_mean_exp(log_w).tolist(), log_w.mean(0).tolist()]
+        done[i] = [log_mean_exp(log_w).tolist(), log_w.mean(0).tolist()]
         with open(kept, "a") as file:
-            file.write(json.dumps([i, new[i]]) + "\n")
-        seconds, count = time.perf_counter() - start, len(new) * processes()[1]
+            file.write("\n" + json.dumps([i, done[i]]))
+        seconds, count = time.perf_counter() - start, min(count + processes()[1], total)
         if seconds > shown + 30:
-            shown, left = seconds, math.ceil(batches.count / batches.batch_size) - len(done) - count
-            print(f"importance weighting: {(len(done) + count) * batches.batch_size} of {batches.count} images  "
-                  f"{timedelta(seconds=int(seconds))} < {timedelta(seconds=int(seconds * left / count))}", flush=True)
-    bounds = [torch.tensor(sum(rows, []), dtype=torch.float64) for rows in zip(*merged(done | new).values())]
+            shown, left = seconds, seconds * (total - count) / (count - before)
+            print(f"importance weighting: {min(count * batches.batch_size, batches.count)} of {batches.count} images  "
+                  f"{timedelta(seconds=int(seconds))} < {timedelta(seconds=int(left))}", flush=True)
+    bounds = [torch.tensor(sum(rows, []), dtype=torch.float64) for rows in zip(*merged(done).values())]
     if kept != os.devnull and processes()[0] == 0:
         Path(kept).unlink(missing_ok=True)
     bpd, elbo_bpd = (bits_per_dim(-nats, dims) for nats in bounds)
@@ -748,16 +760,21 @@ def load_vgg(path, data_dir, device):
     return _load_network(VGGFeatures, VGG_URL, path, data_dir, device, "perceptual distance", "--vgg_weights")
 
 def _load_network(Network, url, path, data_dir, device, metric, flag):
+    first, network = processes()[0] == 0, None
+    if not first:
+        barrier()  # the first downloads
     try:
-        return Network(weights_file(url, path, data_dir)).to(device)
+        network = Network(weights_file(url, path, data_dir)).to(device)
     except UserError as error:
         if path:
             raise
         print(f"no {metric}: {error}, or name its place with {flag}", flush=True)
-        return None
+    if first:
+        barrier()
+    return None if summed(torch.tensor(network is None)).item() else network  # all or none
 
 def draws(model, count, batch_size=100):
-    """`count` samples as uint8 batches, drawn when they are asked for, with their numbers as from `shared`."""
+    """This process's share of `count` samples: uint8 batches, drawn when they are asked for, numbered as by `shared`."""
     for i, start in shared(range(0, count, batch_size)):
         yield i, to_uint8(model.sample(min(batch_size, count - start)))
 

@@ -33,7 +33,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, barrier, draws, feature_statistics, gathered, inception_metrics, join_processes,
+from common import (Batches, UserError, barrier, draws, explain, feature_statistics, gathered, inception_metrics, join_processes,
                     levels, load_images, load_inception, load_vgg, merged, perceptual_distance, pixel_distance, processes,
                     quantize, reference_statistics, seconds_to_sample, seed_noise, shared, summed, to_uint8)
 
@@ -195,7 +195,7 @@ class Discriminator(nn.Module):
     """Image (B, C, size, size) -> score D(x) (B,), > 0 for real, and features for the contrast, {layer: (B, features)} (4.2).
 
     `final` are the 16 values that the score is computed from. A block in `layers` has a head, 1x1 conv to one channel and linear
-    to 16 (deep supervision). With `where`, (4, 2) in [0, 1), patch_b1 … are each block's channels at one place (local patches).
+    to 16 (deep supervision), at rest where `heads` is False. With `where`, (4, 2) in [0, 1), patch_b1 … are each block's channels at one place (local patches).
     """
     def __init__(self, channels, width, size, layers):
         super().__init__()
@@ -209,11 +209,11 @@ class Discriminator(nn.Module):
         for head in self.heads.values():
             nn.init.xavier_uniform_(head[0].weight)
 
-    def forward(self, h, where=None):
+    def forward(self, h, where=None, heads=True):
         features = {}
         for i, (name, block) in enumerate(zip(BLOCKS, self.blocks)):
             h = block(h)
-            if name in self.heads:
+            if heads and name in self.heads:
                 features[name] = self.heads[name](h)
             if where is not None:
                 row, column = (where[i] * h.shape[2]).long().unsqueeze(1)  # (1,) each: a number would be read on the host
@@ -332,7 +332,7 @@ class DCVAE(nn.Module):
         with torch.no_grad():  # neither encoder nor decoder learns here
             z = draw_code(*self.encoder(x))
             fakes = self.decoder(torch.cat([z, torch.randn_like(z)]) if self.adversarial else z)
-        scores, features = self.discriminator(torch.cat([fakes, x]) if self.adversarial else fakes, where)
+        scores, features = self.discriminator(torch.cat([fakes, x]) if self.adversarial else fakes, where, heads=bool(keys))
         terms = {}
         if self.adversarial:
             reconstructed, sampled, real = scores.chunk(3)
@@ -363,7 +363,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put keys {layer: (B, d)}, those of all processes, in place of the oldest negatives."""
+        """Put keys {layer: (B, d)}, with those of the other processes, in place of the oldest negatives."""
         keys = {name: gathered(key) for name, key in keys.items()}
         count = min(self.cfg.negatives, *map(len, keys.values()))
         at = (self.queued + torch.arange(count, device=self.queued.device)) % self.cfg.negatives
@@ -423,8 +423,9 @@ def train(cfg, model, images, folder, checkpoint):
     total = cfg.steps or cfg.epochs * data.per_epoch
     inception = load_inception(cfg.inception_weights, cfg.data_dir, cfg.device) if cfg.fid else None
     references = {"valid": feature_statistics(inception, levels(valid))} if inception else {}
-    if world > 1 and valid.device.type == "cuda":  # there is none for CPUs
+    if world > 1 and valid.device.type == "cuda":  # there is none for CPUs, and torch.compile cannot trace it
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        cfg = dataclasses.replace(cfg, compile=False)
     # One Adam for both players: it skips what has no gradient, and counts each parameter's updates for itself.
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.0, 0.9))
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
@@ -466,10 +467,12 @@ def train(cfg, model, images, folder, checkpoint):
             update_average(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))  # a short run's is of its end too
             state["step"] = step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
-            stopping = asked(stop, waiting=log or validate or keep)
+            stopping = asked(stop)
             if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data)
                 rows = []
+                for buffer in model.averaged_decoder.buffers():  # on CPUs batch norm's statistics are of each process's own share
+                    buffer.copy_(summed(buffer) / world)
             if validate:
                 with inference(cfg), evaluating(model):
                     row = distances(model, valid)
@@ -501,19 +504,19 @@ def evaluating(model):
 @contextlib.contextmanager
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
-    asked = []
-    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    requests = []
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 # Copied from vae.py: asked
-def asked(stop, waiting):
-    """Whether any process was asked to stop. Several of them compare notes only where they wait for the device anyway."""
-    return bool(stop) if processes()[1] == 1 else waiting and summed(torch.tensor(len(stop))).item() > 0
+def asked(stop):
+    """Whether any process was asked to stop. They agree on it each step, from CPU to CPU: no device is waited for."""
+    return summed(torch.tensor(len(stop))).item() > 0
 
 # Copied from vae.py: autocast
 def autocast(cfg):
@@ -530,18 +533,18 @@ def inference(cfg):
 
 # Copied from vae.py: prepared
 def prepared(cfg, function, *parts, **options):
-    """`function`, compiled with --compile; under torchrun its backward pass averages the gradients of `parts` over all processes."""
+    """`function`, compiled with --compile; under torchrun its gradients for `parts` are averaged over all processes."""
     if cfg.compile:
         function = torch.compile(function, fullgraph=True)
     if processes()[1] == 1:
         return function
-    module = nn.ModuleList(parts)  # DistributedDataParallel wraps modules: one whose forward is `function`
+    module = nn.ModuleList(parts)  # DistributedDataParallel takes a module: one that holds `parts`, and whose forward is `function`
     module.forward = function
     return DistributedDataParallel(module, **options)
 
 # Changed from vae.py: losses of two players, a curve for each, no bound
 def report(folder, state, split, rows, total, data):
-    """Average rows [{key: value}], and processes, for the console, log.jsonl and curves.png.
+    """Means of rows [{key: value}] over steps and processes, for the console, log.jsonl and curves.png.
 
     Raises FloatingPointError, naming step and keys, where a row is not finite.
     """
@@ -733,7 +736,7 @@ def main(Model, argv=None):
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
-        return explain(error)
+        return explain(SCRIPT, error)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
@@ -754,23 +757,17 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.device == "cuda" and "LOCAL_RANK" in os.environ:
+        cfg.device += ":" + os.environ["LOCAL_RANK"]  # torchrun: one GPU for each process
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
-        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu, and no more processes than GPUs")
     modern = cfg.device.startswith("cuda") and torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # computes in bf16, can compile
     cfg.dtype = ("bf16" if modern else "fp32") if cfg.dtype == "auto" else cfg.dtype
     cfg.compile = modern and sys.platform == "linux" if cfg.compile is None else cfg.compile
-    return dataclasses.replace(cfg, device=join_processes(cfg.device))
-
-def explain(error):
-    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
-    if isinstance(error, RuntimeError):
-        if processes()[1] > 1:
-            print("a bug, or another process is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
-        raise error
-    print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    join_processes(cfg.device)
+    return cfg
 
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
@@ -798,12 +795,14 @@ def start_run(cfg, folder, model, images):
     if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
+        for file in folder.glob("importance-*.jsonl"):  # of a model that is gone
+            file.unlink()
     print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images\n"
-          f"{processes()[1]} x {cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+          f"{processes()[1]} x {torch.device(cfg.device).type}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
     """One whole checkpoint of tensors and plain types, written by process 0 aside and renamed: `path` is never half a file."""

@@ -33,7 +33,7 @@ from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
 from common import (Batches, UserError, barrier, bits_per_dim, dmol_channels, dmol_log_prob, dmol_sample, dmol_shift,
-                    draws, from_uint8, importance_weighted, inception_metrics, join_processes, load_images, load_inception,
+                    draws, explain, from_uint8, importance_weighted, inception_metrics, join_processes, load_images, load_inception,
                     mean_terms, processes, psnr, quantize, reference_statistics, seconds_to_sample, seed_noise, summed, to_uint8)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class DenseBlock(nn.Module):
         self.channels = channels + steps * growth
         # NOTE(paper): "ELUs everywhere" (A.3), so one after each conv. The released code has none inside a step, and after
         # it one over all channels so far, old ones again. Same parameters here, half the memory traffic.
-        # In place, as ELU's gradient can be computed from its output: what it was applied to need not be kept.
+        # In place: ELU's gradient follows from its output, so its input need not be kept.
         self.steps = nn.ModuleList(nn.Sequential(conv(c, 4 * growth, 1), nn.ELU(inplace=True), conv(4 * growth, growth), nn.ELU(inplace=True))
                                    for c in range(channels, self.channels, growth))
         self.attention = ChannelAttention(self.channels)
@@ -141,7 +141,7 @@ class DenseBlock(nn.Module):
     def forward(self, h):
         for step in self.steps:
             new = step(h)
-            h = torch.cat([h.to(new.dtype), new], 1)  # an fp32 image among bf16 features would make them all fp32, here and after
+            h = torch.cat([h.to(new.dtype), new], 1)  # else one fp32 image would make all features after it fp32
         return self.attention(h)
 
 # ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
@@ -483,10 +483,10 @@ class SelfVAE(nn.Module):
     def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
-        x and the y_k are encoded once; latents are decoded about `chunk` at a time (what fills the device), a matter of speed and not
+        x and the y_k are encoded once; latents are decoded about `chunk` at a time (what fills the device), a matter of speed and memory, not
         of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
-        chunk = chunk or (32 if x.device.type == "cpu" else 512)
+        chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # of 32x32 images
         y = self.representations(x)
         posteriors = [gaussian(q(y[k + 1])) for k, q in enumerate([self.q_u, *self.q_z])]
         h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.factors()}
@@ -619,7 +619,7 @@ def train(cfg, model, images, folder, checkpoint):
             optimizer.step()
             state["step"] = step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
-            stopping = asked(stop, waiting=log or validate or keep)
+            stopping = asked(stop)
             if log or validate or keep or stopping:  # training waits for the device here only, and stops if not finite
                 report(folder, state, "train", rows, total, data, dims)
                 rows = []
@@ -642,19 +642,19 @@ def train(cfg, model, images, folder, checkpoint):
 @contextlib.contextmanager
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
-    asked = []
-    note = lambda number, frame: asked.append(number) or signal.signal(number, signal.SIG_DFL)
+    requests = []
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 # Copied from vae.py: asked
-def asked(stop, waiting):
-    """Whether any process was asked to stop. Several of them compare notes only where they wait for the device anyway."""
-    return bool(stop) if processes()[1] == 1 else waiting and summed(torch.tensor(len(stop))).item() > 0
+def asked(stop):
+    """Whether any process was asked to stop. They agree on it each step, from CPU to CPU: no device is waited for."""
+    return summed(torch.tensor(len(stop))).item() > 0
 
 # Copied from vae.py: autocast
 def autocast(cfg):
@@ -671,18 +671,18 @@ def inference(cfg):
 
 # Copied from vae.py: prepared
 def prepared(cfg, function, *parts, **options):
-    """`function`, compiled with --compile; under torchrun its backward pass averages the gradients of `parts` over all processes."""
+    """`function`, compiled with --compile; under torchrun its gradients for `parts` are averaged over all processes."""
     if cfg.compile:
         function = torch.compile(function, fullgraph=True)
     if processes()[1] == 1:
         return function
-    module = nn.ModuleList(parts)  # DistributedDataParallel wraps modules: one whose forward is `function`
+    module = nn.ModuleList(parts)  # DistributedDataParallel takes a module: one that holds `parts`, and whose forward is `function`
     module.forward = function
     return DistributedDataParallel(module, **options)
 
 # Copied from vae.py: report
 def report(folder, state, split, rows, total, data, dims):
-    """Average rows [{term: nats per image}], and processes, for the console, log.jsonl and curves.png. Returns bits per dimension.
+    """Means of rows [{term: nats per image}] over steps and processes, for the console, log.jsonl and curves.png -> bits per dimension.
 
     Raises FloatingPointError, naming step and terms, where a row is not finite.
     """
@@ -845,7 +845,7 @@ def main(Model, argv=None):
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
-        return explain(error)
+        return explain(SCRIPT, error)
 
 # --- same in every script ---------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
@@ -866,23 +866,17 @@ def parse_flags(argv=None):
             parser.error(f"--{f.name} must be finite and at least {low}, not {value}")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.device == "cuda" and "LOCAL_RANK" in os.environ:
+        cfg.device += ":" + os.environ["LOCAL_RANK"]  # torchrun: one GPU for each process
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
-        parser.error(f"there is no --device {cfg.device} here; take auto or cpu")
+        parser.error(f"there is no --device {cfg.device} here; take auto or cpu, and no more processes than GPUs")
     modern = cfg.device.startswith("cuda") and torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # computes in bf16, can compile
     cfg.dtype = ("bf16" if modern else "fp32") if cfg.dtype == "auto" else cfg.dtype
     cfg.compile = modern and sys.platform == "linux" if cfg.compile is None else cfg.compile
-    return dataclasses.replace(cfg, device=join_processes(cfg.device))
-
-def explain(error):
-    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
-    if isinstance(error, RuntimeError):
-        if processes()[1] > 1:
-            print("a bug, or another process is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
-        raise error
-    print(f"{SCRIPT}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    join_processes(cfg.device)
+    return cfg
 
 def open_run(cfg):
     """-> the run's folder and, for --resume and --eval, its checkpoint. UserError rather than overwrite or mix up runs."""
@@ -910,12 +904,14 @@ def start_run(cfg, folder, model, images):
     if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__}
+        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
+        for file in folder.glob("importance-*.jsonl"):  # of a model that is gone
+            file.unlink()
     print("trained parameters:", {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()})
     print(f"{images.name} {images.shape}: {len(images.train)} train, {len(images.valid)} valid, {len(images.test)} test images\n"
-          f"{processes()[1]} x {cfg.device}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
+          f"{processes()[1]} x {torch.device(cfg.device).type}, {cfg.dtype}, torch {torch.__version__}; writing to {folder}", flush=True)
 
 def save(path, cfg, model, optimizer, state):
     """One whole checkpoint of tensors and plain types, written by process 0 aside and renamed: `path` is never half a file."""

@@ -3,6 +3,7 @@
     python tests/benchmark.py                train step of every script and mode
     python tests/benchmark.py growth         the same against size, levels, batch; importance weighting against S; docs/figures/growth.png
     python tests/benchmark.py importance     importance weighting against a plain loop of full forward passes
+    python tests/benchmark.py roof           GFLOP/s of large matrix products: what a step's are to be held against
     python tests/benchmark.py streaming      a set that is read from disk against the same one in memory
     python tests/benchmark.py step vae 32 0 32 bf16          one: script, side of the images, levels, batch, mode; see `measure`
 """
@@ -118,6 +119,20 @@ def game(cfg, size, steps, counter):
         dcvae.train(cfg, model, images, folder, None)
         seconds = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()]
     return (seconds[steps] - seconds[0]) / steps, cfg.d_steps * cfg.batch_size
+
+
+def roof(side=4096):
+    """The best of five products of square matrices, by precision."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.randn(side, side, device=device).to(dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        print(f"{dtype}: {2e-9 * side**3 / min(times):.0f} GFLOP/s", flush=True)
 
 
 def step(*case):

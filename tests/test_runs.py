@@ -319,8 +319,7 @@ def test_compile(script, run, monkeypatch, training_only):
 
 # ---- Ends that come early ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_signal_saves_and_says_how_to_go_on(stop, tiny_data, tmp_path):
+def test_signal_saves_and_says_how_to_go_on(tiny_data, tmp_path):
     """A real process, as a terminal would stop it."""
     line = flags_for("vae", tiny_data, tmp_path / "runs", name="long", prior="normal", steps=1_000_000, save_every=1_000_000)
     process = subprocess.Popen([sys.executable, str(ROOT / "vae.py"), *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -330,7 +329,7 @@ def test_signal_saves_and_says_how_to_go_on(stop, tiny_data, tmp_path):
     try:
         while not training() and process.poll() is None and time.monotonic() - waited < 120:
             time.sleep(0.05)
-        process.send_signal(stop)
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -343,6 +342,21 @@ def test_signal_saves_and_says_how_to_go_on(stop, tiny_data, tmp_path):
     assert call("vae", [*words[2:], "--steps", str(state["step"] + 2)]) == 0  # the advice works
     steps = [record["step"] for record in records(folder) if record["split"] == "train"]
     assert steps == list(range(1, state["step"] + 3))
+
+
+def test_sigterm_finishes_the_step(run, tmp_path, capsys):
+    class Stopped(importlib.import_module("vae").VAE):
+        """The system asks for an end in the middle of its second step."""
+        calls = 0
+
+        def terms(self, x):
+            self.calls += 1
+            if self.calls == 3:  # the first call initialises
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().terms(x)
+
+    assert run("vae", Stopped, name="stopped", steps=50, **cheap("vae")) == 130
+    assert load(tmp_path / "runs" / "stopped" / "last.pt")["state"]["step"] == 2 and "--resume" in capsys.readouterr().out
 
 
 def broken(script, step, name="re_x"):

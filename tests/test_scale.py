@@ -142,7 +142,7 @@ def test_a_lost_process_ends_the_run(tiny_data, tmp_path):
 def test_batch_that_does_not_split(tiny_data, tmp_path, capsys):
     for script in SCRIPTS:
         line = flags_for(script, tiny_data, tmp_path, accumulate=3)  # 4 images a batch
-        assert call(script, line) == 2 and "does not split into" in capsys.readouterr().err
+        assert call(script, line) == 2 and "do not split into" in capsys.readouterr().err
 
 
 # ---- A batch in parts --------------------------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ def test_compiled_gradients():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_step_waits_for_nothing(script, tiny_data, tmp_path, monkeypatch):
-    """Between two reports no line of ours reads a number from a tensor: on a GPU each would wait for all work in flight."""
+    """Between two reports no line of ours reads a number from a tensor: on a GPU each would wait for all work in flight. `asked` may:
+    what it reads never was on a device."""
     monkeypatch.setattr(f"{script}.evaluate", lambda *arguments: None)
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
@@ -224,7 +225,7 @@ def test_a_step_waits_for_nothing(script, tiny_data, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, spy)
     line = flags_for(script, tiny_data, tmp_path, name="run", **CHEAP[script])
     assert call(script, line + ["--steps", "6", "--log_every", "100", "--eval_every", "100", "--save_every", "100"]) == 0
-    reporting = ("report", "summed", "mean_terms", "distances", "draw", "shared", "dmol_sample", "interpolate", "<")
+    reporting = ("asked", "report", "summed", "mean_terms", "distances", "draw", "shared", "dmol_sample", "interpolate", "<")
     assert any(read.startswith("summed") for read in reads)  # the spy sees
     assert [read for read in reads if not read.startswith(reporting)] == []
 
@@ -268,11 +269,22 @@ def test_stopped_importance_weighting_goes_on(tmp_path):
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
         common.importance_weighted(Slow(stop=3), batches, 4, 12, kept)
-    assert len(kept.read_text().splitlines()) == 3
+    assert len(kept.read_text().split()) > 3
     kept.write_text(kept.read_text()[:-9])  # killed while it wrote the third
     torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        common.importance_weighted(Slow(stop=1), batches, 4, 12, kept)  # the third again, and stopped
+    torch.manual_seed(5)
     assert common.importance_weighted(rest := Slow(), batches, 4, 12, kept) == whole
-    assert rest.calls == 4 and not kept.exists()
+    assert rest.calls == 3 and not kept.exists()
+
+
+def test_a_new_run_takes_nothing_from_an_old_one(tiny_data, tmp_path):
+    """A folder whose checkpoints were deleted: what an evaluation left there was of another model."""
+    line = flags_for("vae", tiny_data, tmp_path, name="run", **CHEAP["vae"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "importance-2-2-4-fp32.jsonl").write_text(json.dumps([0, [[-1.0] * 4, [-1.0] * 4]]) + "\n")
+    assert call("vae", line) == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["iw_bpd"] > 1
 
 
 def test_progress_is_told(monkeypatch, capsys):
@@ -297,6 +309,13 @@ def test_streamed_batches_are_read_ahead(monkeypatch):
         streamed.reader.submit(int).result()  # the thread is done with all it was given
         assert len(read) == reads
     assert torch.equal(torch.cat(list(streamed)), torch.cat(list(resident)))
+
+
+def test_a_small_set_is_one_batch_that_splits():
+    batches = lambda size, parts: common.Batches(np.zeros((35, 1, 1, 1), np.uint8), size, "cpu", parts=parts).batch_size
+    assert [batches(64, 1), batches(64, 2), batches(32, 2), batches(64, 4)] == [35, 34, 32, 32]
+    with pytest.raises(common.UserError, match="33 images do not split into 2"):
+        batches(33, 2)
 
 
 def test_processes_share_a_batch():
