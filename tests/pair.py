@@ -43,8 +43,10 @@ def plain(folder):
             patch.setattr(optimizer, "step", note)
         seed = common.seed_noise
 
-        def no_noise(*numbers_):  # the first call comes after the networks and the queue are made
-            seed(*numbers_)
+        def no_noise(*given):  # the first call comes after the networks and the queue are made
+            seed(*given)
+            with open(folder / f"seeds-{common.processes()[0]}", "a") as file:
+                file.write(json.dumps(given) + "\n")
             patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, numbers["rand_like"]))
             patch.setattr(torch, "randn_like", torch.zeros_like)
             patch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(*shape, device=device))

@@ -351,3 +351,11 @@ def test_interpolation_is_the_straight_line():
     for i, z in enumerate((z1, (z1 + z2) / 2, z2)):
         torch.testing.assert_close(seen[0].unflatten(0, (2, 3))[:, i], z)
         assert (line[:, i] - dmol_sample(model.p_x(z), mean=True)).abs().max() < LEVEL
+
+
+def test_features_keep_the_precision_of_the_networks():
+    """Under autocast an fp32 image among them does not make all of them fp32."""
+    block = vae.DenseBlock(3, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(torch.randn(1, 3, 8, 8)).dtype == torch.bfloat16
+    assert block(torch.randn(1, 3, 8, 8)).dtype == torch.float32
