@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import time
@@ -78,13 +79,13 @@ def merged(results):
     return dict(sorted(item for part in parts for item in part.items()))
 
 def seed_noise(*numbers):
-    """Random numbers from here on follow from these alone, in training --seed, step and process: a resumed run of as many processes
-    draws what the unbroken one would have."""
+    """From here on random numbers follow from `numbers` alone (in training: seed, step, process), so a resumed run of as many processes
+    draws what an unbroken one would have."""
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))
 
 def shared(batches):
     """This process's share of an evaluation: batches rank, rank + world, …, each with its number. What is drawn for a batch follows from
-    that number and the last seed, so results do not depend on which process draws it, or on what was evaluated before it."""
+    that number and the seed last set, so results do not depend on which process draws it, or on what was evaluated before it."""
     seed, (rank, world) = torch.initial_seed(), processes()
     for i, batch in enumerate(batches):
         if i % world == rank:
@@ -92,11 +93,16 @@ def shared(batches):
             yield i, batch
     torch.manual_seed(seed)
 
+def command_line():
+    """What was typed to start this process, or all of them."""
+    world = processes()[1]
+    return shlex.join([*(["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]), *sys.argv])
+
 def explain(script, error):
     """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
     if isinstance(error, RuntimeError):
         if processes()[1] > 1:
-            print("an error of this process, or another one is gone: checkpoints are kept, and --resume goes on", file=sys.stderr)
+            print("this process failed, or lost another; checkpoints are kept, and --resume goes on", file=sys.stderr)
         raise error
     print(f"{script}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
     return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
@@ -403,7 +409,7 @@ class Batches:
     The split is kept on the device as uint8 up to RESIDENT_BYTES. A larger one stays memory-mapped, and a thread reads the next
     batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no worker processes.
     `batch(step)` is training: which images it holds follows from (seed, step) alone, so that a resumed run sees what the unbroken
-    one would have seen; it must split into `parts` equal parts, else UserError. Iterating is evaluation: the whole split once, in
+    one would have seen; it must split into `parts` equal parts, else UserError. A small split is one batch, less what does not split. Iterating is evaluation: the whole split once, in
     order, the last batch smaller if need be.
     """
 
@@ -586,7 +592,7 @@ def psnr(x, y):
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
 # The next three take any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
-# Under torchrun every process must call them, and those of features below: each does its share.
+# Under torchrun every process must call the first two, and those of features below: each does its share.
 
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""

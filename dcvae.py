@@ -19,7 +19,7 @@ arXiv:2011.10063. Derivation, logged keys, differences from the paper: docs/dcva
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent · D(x) (B,) score, > 0: looks real
 """
 
-import argparse, contextlib, copy, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
+import argparse, contextlib, copy, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (Batches, UserError, barrier, draws, explain, feature_statistics, gathered, inception_metrics, join_processes,
+from common import (Batches, UserError, barrier, command_line, draws, explain, feature_statistics, gathered, inception_metrics, join_processes,
                     levels, load_images, load_inception, load_vgg, merged, perceptual_distance, pixel_distance, processes,
                     quantize, reference_statistics, seconds_to_sample, seed_noise, shared, summed, to_uint8)
 
@@ -484,7 +484,7 @@ def train(cfg, model, images, folder, checkpoint):
                 if row.get("fid_valid", math.inf) < state["best"]:  # without FID no number says which step is best
                     state["best"] = row["fid_valid"]
                     save(folder / "best.pt", cfg, model, optimizer, state)
-                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither validation nor figures
             if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
             if stopping:
@@ -728,7 +728,7 @@ def main(Model, argv=None):
         if not cfg.eval:
             start_run(cfg, folder, model, images)
             if not train(cfg, model, images, folder, checkpoint):
-                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
+                print(f"stopped and saved; go on with: {command_line()}{' --resume' * (not cfg.resume)}")
                 return 130
             checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
@@ -795,7 +795,7 @@ def start_run(cfg, folder, model, images):
     if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
+        facts = {"command": command_line(), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
         for file in folder.glob("importance-*.jsonl"):  # of a model that is gone

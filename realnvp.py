@@ -15,7 +15,7 @@ arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/real
     z, where a coupling or a flow stands by itself, is what goes in: the x of Eqs. 4-9
 """
 
-import argparse, contextlib, dataclasses, json, math, os, pickle, shlex, signal, subprocess, sys, time
+import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
-from common import (POINTS, Batches, UserError, barrier, bits_per_dim, draws, explain, from_uint8, importance_weighted,
+from common import (POINTS, Batches, UserError, barrier, bits_per_dim, command_line, draws, explain, from_uint8, importance_weighted,
                     inception_metrics, join_processes, load_images, load_inception, load_points, mean_terms, processes,
                     reference_statistics, seconds_to_sample, seed_noise, summed, to_uint8)
 
@@ -332,7 +332,7 @@ def train(cfg, model, images, folder, checkpoint):
                 if bpd < state["best"]:
                     state["best"] = bpd
                     save(folder / "best.pt", cfg, model, optimizer, state)
-                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither figures nor files
+                state["seconds"] = time.perf_counter() - state["start"]  # images/s counts neither validation nor figures
             if keep or stopping:
                 save(folder / "last.pt", cfg, model, optimizer, state)
             if stopping:
@@ -516,7 +516,7 @@ def main(Model, argv=None):
         if not cfg.eval:
             start_run(cfg, folder, model, images)
             if not train(cfg, model, images, folder, checkpoint):
-                print(f"stopped and saved; go on with: {shlex.join(['python', *sys.argv])}{' --resume' * (not cfg.resume)}")
+                print(f"stopped and saved; go on with: {command_line()}{' --resume' * (not cfg.resume)}")
                 return 130
             checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
@@ -583,7 +583,7 @@ def start_run(cfg, folder, model, images):
     if not cfg.resume and processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
+        facts = {"command": command_line(), "commit": git.stdout.strip(), "torch": torch.__version__, "processes": processes()[1]}
         (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1))
         (folder / "log.jsonl").write_text("")
         for file in folder.glob("importance-*.jsonl"):  # of a model that is gone

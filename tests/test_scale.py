@@ -187,6 +187,24 @@ def test_accumulated_gradients(script, tiny_data, tmp_path, monkeypatch):
             assert_same(row, reference, rel=1e-4)
 
 
+def test_accumulated_penalty(tiny_data, tmp_path, monkeypatch):
+    """realnvp's l2 counts once, whatever the number of parts: alone, its gradients are 1e-4 times weight norm's g and tanh's factor."""
+    import realnvp
+    monkeypatch.setattr(realnvp, "evaluate", lambda *arguments: None)
+
+    class Flat(realnvp.RealNVP):
+        """A likelihood without slope."""
+        def terms(self, x):
+            return {name: 0 * values for name, values in super().terms(x).items()}
+
+    with plain(tmp_path / "gradients"):
+        assert call("realnvp", flags_for("realnvp", tiny_data, tmp_path, name="flat", accumulate=2), Flat) == 0
+    weights = load(tmp_path / "flat" / "last.pt")["model"]
+    for name, gradient in zip(weights, gradients(tmp_path / "gradients")[0]):
+        expected = 1e-4 * weights[name] * name.endswith(("original0", "scale"))
+        assert gradient is None and not expected.any() or torch.allclose(gradient, expected)
+
+
 # ---- Compiled ----------------------------------------------------------------------------------------------------------
 
 def losses(script, **flags):
