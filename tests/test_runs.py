@@ -311,7 +311,7 @@ def test_bf16(script, run, tmp_path, training_only):
 def test_compile(script, run, monkeypatch, training_only):
     """--compile compiles the losses, whole; the default on a CPU does not. What comes of it: test_scale.py."""
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled.append(function.__name__) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled.append(function.__name__ * fullgraph) or function)
     assert run(script, name="plain", steps=1, **cheap(script)) == 0 and compiled == []
     assert run(script, name="compiled", compile=True, steps=1, **cheap(script)) == 0
     assert compiled == (["terms", "discriminator_terms"] if script == "dcvae" else ["terms"])
