@@ -6,6 +6,7 @@ Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are floa
     B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
 """
 
+import atexit
 import contextlib
 import json
 import math
@@ -44,6 +45,7 @@ def join_processes(device):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group(timeout=timedelta(days=1))  # the first may have a dataset to prepare
+        atexit.register(dist.destroy_process_group)
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
 

@@ -332,7 +332,7 @@ class DCVAE(nn.Module):
         with torch.no_grad():  # neither encoder nor decoder learns here
             z = draw_code(*self.encoder(x))
             fakes = self.decoder(torch.cat([z, torch.randn_like(z)]) if self.adversarial else z)
-        scores, features = self.discriminator(torch.cat([fakes, x]) if self.adversarial else fakes, where, heads=bool(keys))
+        scores, features = self.discriminator(torch.cat([fakes, x]) if self.adversarial else fakes, where, heads=keys is not None)
         terms = {}
         if self.adversarial:
             reconstructed, sampled, real = scores.chunk(3)
@@ -733,6 +733,7 @@ def main(Model, argv=None):
             checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
+        barrier()  # one that left would end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
@@ -810,6 +811,7 @@ def save(path, cfg, model, optimizer, state):
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
                     "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
+    barrier()  # nobody leaves before it is written
 
 def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""

@@ -543,6 +543,7 @@ def main(Model, argv=None):
             checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
+        barrier()  # one that left would end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
@@ -620,6 +621,7 @@ def save(path, cfg, model, optimizer, state):
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state, "model": model.state_dict(),
                     "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
+    barrier()  # nobody leaves before it is written
 
 def restore(cfg, folder, checkpoint, model, optimizer):
     """Load a checkpoint (None: a new run) -> {"step", "best": lowest validation score, "seconds" spent, "start" of the clock}."""

@@ -37,7 +37,6 @@ def plain(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
         patch.setattr(common, "augment", lambda levels: levels)
-        patch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "_power_method", lambda *arguments: None)
         patch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, h: F.batch_norm(h, self.running_mean, self.running_var, self.weight, self.bias))
         for optimizer in (torch.optim.Adam, torch.optim.Adamax):
             patch.setattr(optimizer, "step", note)
@@ -47,6 +46,7 @@ def plain(folder):
             seed(*given)
             with open(folder / f"seeds-{common.processes()[0]}", "a") as file:
                 file.write(json.dumps(given) + "\n")
+            patch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "_power_method", lambda *arguments: None)
             patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, numbers["rand_like"]))
             patch.setattr(torch, "randn_like", torch.zeros_like)
             patch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(*shape, device=device))
