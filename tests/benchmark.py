@@ -3,6 +3,7 @@
     python tests/benchmark.py                train step of every script and mode
     python tests/benchmark.py growth         the same against size, levels, batch; importance weighting against S; docs/figures/growth.png
     python tests/benchmark.py importance     importance weighting against a plain loop of full forward passes
+    python tests/benchmark.py sampling       seconds to draw 1 and 100 images
     python tests/benchmark.py roof           GFLOP/s of large matrix products: what a step's are to be held against
     python tests/benchmark.py streaming      a set that is read from disk against the same one in memory
     python tests/benchmark.py step vae 32 0 32 bf16          one: script, side of the images, levels, batch, mode; see `measure`
@@ -119,6 +120,19 @@ def game(cfg, size, steps, counter):
         dcvae.train(cfg, model, images, folder, None)
         seconds = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()]
     return (seconds[steps] - seconds[0]) / steps, cfg.d_steps * cfg.batch_size
+
+
+def sampling():
+    """Seconds to draw images of full size, the mean of three."""
+    import common
+
+    print("| model | precision | 1 image | 100 images |\n|---|---|---|---|")
+    for script in ("vae", "selfvae"):
+        module, model, _ = bound(script)
+        for dtype in ("fp32", "bf16"):
+            with module.inference(module.Config(device="cpu", dtype=dtype)):
+                one, hundred = (common.seconds_to_sample(model, n, runs=3) for n in (1, 100))
+            print(f"| {script} | {dtype} | {one:.3f} | {hundred:.2f} |", flush=True)
 
 
 def roof(side=4096):

@@ -139,11 +139,14 @@ def test_imports(path):
 
 
 def test_importing_does_nothing(tmp_path):
+    """No argument is parsed, no file made, no CUDA started. Then a mistake, as a shell sees it: code 2, one line on stderr, no file."""
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['--junk', 'x']\n"
-               f"import {', '.join(['common', *SCRIPTS])}, torch\nassert not torch.cuda.is_initialized()")
+               f"import {', '.join(['common', *SCRIPTS])}, torch\nassert not torch.cuda.is_initialized()\n"
+               "print('imported', flush=True)\nsys.exit(vae.main(vae.VAE, ['--dataset', 'nonsense']))")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "imported\n", 1)
+    assert "'nonsense'" in done.stderr and "shapes" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

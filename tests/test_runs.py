@@ -262,18 +262,18 @@ def cheap(script, **flags):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path, training_only):
-    flags = cheap(script, eval_every=4, save_every=3)
-    assert run(script, name="whole", steps=6, **flags) == 0
-    assert run(script, name="parts", steps=3, **flags) == 0  # with a validation at step 3 that the other does not have
+    flags = cheap(script, eval_every=3, save_every=2)
+    assert run(script, name="whole", steps=4, **flags) == 0
+    assert run(script, name="parts", steps=2, **flags) == 0  # with a validation at step 2 that the other does not have
     torch.manual_seed(99)  # what the next process happens to start with
-    assert run(script, name="parts", steps=6, resume=True, **flags) == 0
+    assert run(script, name="parts", steps=4, resume=True, **flags) == 0
     whole, parts = (load(tmp_path / "runs" / name / "last.pt") for name in ("whole", "parts"))
-    assert whole["state"]["step"] == parts["state"]["step"] == 6
+    assert whole["state"]["step"] == parts["state"]["step"] == 4
     for part in ("model", "optimizer"):
         assert equal(whole[part], parts[part]), part
     rows = {name: {(r["split"], r["step"]): score(r) for r in records(tmp_path / "runs" / name)} for name in ("whole", "parts")}
     assert len(records(tmp_path / "runs" / "parts")) == len(rows["parts"])  # none twice
-    assert rows["parts"].pop(("valid", 3)) and rows["parts"] == rows["whole"]
+    assert rows["parts"].pop(("valid", 2)) and rows["parts"] == rows["whole"]
 
 
 def test_log_lines_that_were_never_saved_are_dropped(run, tmp_path):
@@ -287,7 +287,7 @@ def test_log_lines_that_were_never_saved_are_dropped(run, tmp_path):
     assert records(folder)[-2]["bpd"] != 1.0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["vae", "dcvae"])  # the two kinds of training
 def test_same_seed_same_run(script, run, tmp_path, training_only):
     flags = cheap(script, steps=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -375,8 +375,7 @@ def broken(script, step, name="re_x"):
     return Broken
 
 
-@pytest.mark.parametrize("script, every, term", [("vae", 1, "re_x"), ("vae", 2, "re_x"), ("selfvae", 1, "re_x"), ("realnvp", 1, "volume"),
-                                                 ("dcvae", 1, "kl")])
+@pytest.mark.parametrize("script, every, term", [("vae", 1, "re_x"), ("vae", 2, "re_x"), ("realnvp", 1, "volume"), ("dcvae", 1, "kl")])
 def test_not_finite(script, every, term, run, tmp_path, capsys):
     """Noticed at the step, or, with fewer reports, at the next one; it is the same step that is named."""
     assert run(script, broken(script, 3, term), name="nan", steps=8, log_every=every, save_every=every, **cheap(script)) == 1
@@ -537,10 +536,9 @@ def trained(run, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_folder_that_holds_a_run(refused, trained, script):
-    trained(script)
-    refused(script, "--resume", name="old", **cheap(script))
+def test_folder_that_holds_a_run(refused, trained):
+    trained("vae")  # all scripts refuse by the same lines
+    refused("vae", "--resume", name="old", **cheap("vae"))
 
 
 @pytest.mark.parametrize("how", ["resume", "eval"])
@@ -578,10 +576,3 @@ def test_damaged_checkpoint(refused, trained, tmp_path):
     refused("vae", "last.pt", name="old", resume=True, **cheap("vae"))
     assert not (tmp_path / "ran").exists()
 
-
-def test_mistake_in_a_real_process(tmp_path):
-    """Exit code, stderr and an untouched folder, as a shell sees them."""
-    done = subprocess.run([sys.executable, str(ROOT / SCRIPTS[-1]) + ".py", "--dataset", "nonsense"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert "'nonsense'" in done.stderr and "shapes" in done.stderr and list(tmp_path.iterdir()) == []
