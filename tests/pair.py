@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.distributions import Normal
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -21,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 @contextlib.contextmanager
 def plain(folder):
     """Noise is its mean, images stay unshifted, batch norm and spectral norm stay as they are; an update only writes its gradients to
-    `folder`; no evaluation at the end."""
+    `folder`; no evaluation and no figures."""
     import common
     import pytest
     from conftest import SCRIPTS
@@ -50,8 +51,10 @@ def plain(folder):
             patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, numbers["rand_like"]))
             patch.setattr(torch, "randn_like", torch.zeros_like)
             patch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(*shape, device=device))
+        patch.setattr(Figure, "savefig", lambda *arguments, **options: None)
         for module in modules[1:]:
             patch.setattr(module, "evaluate", lambda *arguments: None)
+            patch.setattr(module, "draw", lambda *arguments: None)
         for module in modules:
             patch.setattr(module, "seed_noise", no_noise)
         yield

@@ -16,6 +16,7 @@ import common
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for
 
@@ -44,9 +45,11 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def training_only(monkeypatch):
-    """No evaluation at the end of a run."""
+    """No evaluation at the end of a run, and no figures."""
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)
     for script in SCRIPTS:
         monkeypatch.setattr(f"{script}.evaluate", lambda *arguments: None)
+        monkeypatch.setattr(f"{script}.draw", lambda *arguments: None)
 
 
 def tree(*folders):
