@@ -60,7 +60,7 @@ def barrier():
 
 def summed(values):
     """Tensor -> its sum over all processes, in float64 on the CPU, the same bits in each of them."""
-    values = values.detach().cpu().double()  # in this order: mps has no double
+    values = values.detach().cpu().double().clone()  # in this order: mps has no double
     if processes()[1] > 1:
         dist.all_reduce(values)
     return values
@@ -411,8 +411,8 @@ class Batches:
     The split is kept on the device as uint8 up to RESIDENT_BYTES. A larger one stays memory-mapped, and a thread reads the next
     batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no worker processes.
     `batch(step)` is training: which images it holds follows from (seed, step) alone, so that a resumed run sees what the unbroken
-    one would have seen; it must split into `parts` equal parts, else UserError. A small split is one batch, less what does not split. Iterating is evaluation: the whole split once, in
-    order, the last batch smaller if need be.
+    one would have seen; it must split into `parts` equal parts, else UserError. A small split is one batch, less what does not split.
+    Iterating is evaluation: the whole split once, in order, the last batch smaller if need be.
     """
 
     def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1):
@@ -426,7 +426,7 @@ class Batches:
         self.resident = None
         if math.prod(images.shape) <= RESIDENT_BYTES:
             self.resident = torch.from_numpy(np.require(images[:], requirements="W")).to(self.device)
-        self.reader, self.ahead = ThreadPoolExecutor(1), {}  # {key: what the thread reads}
+        self.reader, self.ahead = ThreadPoolExecutor(1), {}  # {positions: what the thread reads}
         self.epoch, self.order = None, None
 
     def _beside_images(self, index):
@@ -442,7 +442,7 @@ class Batches:
         """Positions (B,) -> uint8 (B, H, W, C) on the device; where they are streamed, starts reading `following`."""
         if self.resident is not None:
             return self.resident[index]
-        reading = self.ahead.get(key := tuple(index.tolist())) or self.reader.submit(self._read, index)
+        reading = self.ahead.get(tuple(index.tolist())) or self.reader.submit(self._read, index)
         self.ahead = {tuple(following.tolist()): self.reader.submit(self._read, following)} if len(following) else {}
         return reading.result().to(self.device, non_blocking=True)
 
@@ -606,7 +606,7 @@ def importance_weighted(model, batches, samples, dims, kept=os.devnull):
 
     iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same weights of
     the same images: what iw_bpd is to be held against. Sums over samples and images are float64. What is done is appended to the
-    file `kept`, from which a stopped call goes on; it is deleted at the end.
+    file `kept`, from which a stopped call goes on; it is deleted at the end. (The null device, the default, keeps nothing.)
     """
     done, start, shown = {}, time.perf_counter(), 0
     for line in Path(kept).read_text().splitlines() if os.path.exists(kept) else ():

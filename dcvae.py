@@ -57,7 +57,7 @@ class Config:
     epochs: int = flag(800, "passes over the training images")
     steps: int = flag(None, "training steps, each one update of encoder and decoder (overrides --epochs)")
     accumulate: int = flag(1, "parts that an update is computed in, one after another, for less memory")
-    batch_size: int = flag(64, "images an update, all processes together")  # NOTE(paper): 128 in 5.1; the release has that for samples only
+    batch_size: int = flag(64, "images an update, all processes together")  # NOTE(paper): 128 in 5.1; the release takes 64 images, and 128 samples
     d_steps: int = flag(5, "updates of the discriminator a step, each on a batch of its own; --loss contrastive has 1")
     lr: float = flag(2e-4, "Adam's learning rate, constant", low=0)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)", low=0)
@@ -195,7 +195,8 @@ class Discriminator(nn.Module):
     """Image (B, C, size, size) -> score D(x) (B,), > 0 for real, and features for the contrast, {layer: (B, features)} (4.2).
 
     `final` are the 16 values that the score is computed from. A block in `layers` has a head, 1x1 conv to one channel and linear
-    to 16 (deep supervision), at rest where `heads` is False. With `where`, (4, 2) in [0, 1), patch_b1 … are each block's channels at one place (local patches).
+    to 16 (deep supervision), unless `heads` is False. With `where`, (4, 2) in [0, 1), patch_b1 … are each block's channels at one
+    place (local patches).
     """
     def __init__(self, channels, width, size, layers):
         super().__init__()

@@ -486,7 +486,7 @@ class SelfVAE(nn.Module):
         x and the y_k are encoded once; latents are decoded about `chunk` at a time (what fills the device), a matter of speed and memory, not
         of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
         """
-        chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # of 32x32 images
+        chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         y = self.representations(x)
         posteriors = [gaussian(q(y[k + 1])) for k, q in enumerate([self.q_u, *self.q_z])]
         h = {k: p_z.from_y(y[k]) for k, _, p_z, _ in self.factors()}

@@ -337,7 +337,7 @@ class VAE(nn.Module):
 
         x is encoded once; latents are decoded about `chunk` at a time (what fills the device): a matter of speed and memory, not of the result.
         """
-        chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # of 32x32 images
+        chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample((samples,))  # (S, B, 16, 8, 8)
         log_p = []
