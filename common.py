@@ -1,7 +1,8 @@
 """What every script shares: image datasets · the discretized mixture of logistics · metrics, over all processes. Nothing else.
 
 Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are float (B, C, H, W) in [-1, 1]: the 256 levels
-0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. `from_uint8` and `to_uint8` are the only two places that know it.
+0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. Only `from_uint8` and `to_uint8` convert;
+the mixture below and the points know the spacing too. Equations are numbered as in docs/equations.md.
 
     B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
 """
@@ -408,8 +409,9 @@ def load_points(name):
 class Batches:
     """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.
 
-    The split is kept on the device as uint8 up to RESIDENT_BYTES. A larger one stays memory-mapped, and a thread reads the next
-    batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no worker processes.
+    The split is kept on the device as it is stored, uint8 (points: float32), up to RESIDENT_BYTES. A larger one stays memory-mapped,
+    and a thread reads the next batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no
+    worker processes.
     `batch(step)` is training: which images it holds follows from (seed, step) alone, so that a resumed run sees what the unbroken
     one would have seen; it must split into `parts` equal parts, else UserError. A small split is one batch, less what does not split.
     Iterating is evaluation: the whole split once, in order, the last batch smaller if need be.
@@ -530,6 +532,7 @@ def dmol_shift(params, shift):
 def dmol_log_prob(x, params):
     """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).
 
+    The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels.
     With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the bin's mass is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum
     of three terms that neither cancel nor underflow, however improbable the pixel, so no approximate low-probability branch
     is needed (PixelCNN++ has one); an edge bin just leaves out the terms of the edge that it does not have.
@@ -586,7 +589,7 @@ def bits_per_dim(nats, dims):
     return nats / (dims * math.log(2))
 
 def log_mean_exp(log_w, dim=0):
-    """log 1/S Σ_s exp(log_w_s) over `dim`, the importance-weighted bound from log-weights in nats (Burda et al. 2015, Eq. 8)."""
+    """log 1/S Σ_s exp(log_w_s) over `dim`, the importance-weighted bound from log-weights in nats (Burda et al. 2015, Eq. (8))."""
     return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
 
 def psnr(x, y):
@@ -602,29 +605,30 @@ def mean_terms(model, batches):
     return {name: sum(row[name] for row in sums.values()) / batches.count for name in sums[0]}
 
 def importance_weighted(model, batches, samples, dims, kept=os.devnull):
-    """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. 8), averaged over a split, in bits per dimension.
+    """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. (8)), averaged over a split, in bits per dimension.
 
     iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same weights of
     the same images: what iw_bpd is to be held against. Sums over samples and images are float64. What is done is appended to the
     file `kept`, from which a stopped call goes on; it is deleted at the end. (The null device, the default, keeps nothing.)
     """
-    done, start, shown = {}, time.perf_counter(), 0
+    done, start, shown = {}, time.perf_counter(), 0  # done: {number of the batch: bounds, plain bounds of its images}
     for line in Path(kept).read_text().splitlines() if os.path.exists(kept) else ():
         with contextlib.suppress(ValueError):  # a line cut short, as the process was killed
-            i, done[i] = json.loads(line)
+            i, row = json.loads(line)
+            done[i] = row
     total = math.ceil(batches.count / batches.batch_size)
-    before = count = len(done)
+    before = finished = len(done)  # batches, of all processes
     for i, x in shared(batches):
         if i in done:
             continue
         log_w = model.log_weights(x, samples).cpu().double()  # (S, B); in this order: mps has no double
         done[i] = [log_mean_exp(log_w).tolist(), log_w.mean(0).tolist()]
         with open(kept, "a") as file:
-            file.write("\n" + json.dumps([i, done[i]]))
-        seconds, count = time.perf_counter() - start, min(count + processes()[1], total)
+            file.write("\n" + json.dumps([i, done[i]]))  # in this order, so that one cut short has a line of its own
+        seconds, finished = time.perf_counter() - start, min(finished + processes()[1], total)
         if seconds > shown + 30:
-            shown, left = seconds, seconds * (total - count) / (count - before)
-            print(f"importance weighting: {min(count * batches.batch_size, batches.count)} of {batches.count} images  "
+            shown, left = seconds, seconds * (total - finished) / (finished - before)
+            print(f"importance weighting: {min(finished * batches.batch_size, batches.count)} of {batches.count} images  "
                   f"{timedelta(seconds=int(seconds))} < {timedelta(seconds=int(left))}", flush=True)
     bounds = [torch.tensor(sum(rows, []), dtype=torch.float64) for rows in zip(*merged(done).values())]
     if kept != os.devnull and processes()[0] == 0:
@@ -634,7 +638,7 @@ def importance_weighted(model, batches, samples, dims, kept=os.devnull):
             "iw_images": len(bpd), "iw_elbo_bpd": elbo_bpd.mean().item()}
 
 def seconds_to_sample(model, n, runs=10):
-    """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column)."""
+    """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column, there of 100)."""
     model.sample(n).cpu()
     start = time.perf_counter()
     for _ in range(runs):
@@ -689,7 +693,8 @@ class InceptionFeatures(nn.Module):
         with torch.device("meta"):  # no initial weights: they would take time, and the random numbers of others
             net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         self.net = _load(net, weights_path)
-        self.classes, self.net.fc = self.net.fc.weight, nn.Identity()
+        self.logit_weights = self.net.fc.weight  # (1008, 2048)
+        self.net.fc = nn.Identity()
         for name, block in self.net.named_children():
             if name == "Mixed_7c":
                 block.register_forward_hook(_pooled_by(lambda h: F.max_pool2d(h, 3, 1, 1)))
@@ -698,7 +703,7 @@ class InceptionFeatures(nn.Module):
         self.eval()
 
     def forward(self, images):
-        x = (images.float() - 128) / 128
+        x = (images.float() - 128) / 128  # as in 2015, and not quite from_uint8
         for dim in (2, 3):  # TensorFlow 1's bilinear resize: row i of 299 lies at row i·H/299, with no shift of half a pixel
             length = x.shape[dim]
             at = torch.arange(299, device=x.device) * length / 299
@@ -706,7 +711,7 @@ class InceptionFeatures(nn.Module):
             x = x.index_select(dim, low).lerp(x.index_select(dim, (low + 1).clamp(max=length - 1)), share)
         with torch.autocast(x.device.type, enabled=False):
             features = self.net(x.expand(-1, 3, -1, -1))
-            return features, features @ self.classes.T
+            return features, features @ self.logit_weights.T
 
 class VGGFeatures(nn.Module):
     """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict: (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8)."""
@@ -729,23 +734,23 @@ def perceptual_distance(vgg, x, y):
 def feature_statistics(inception, batches):
     """Pairs as from `shared`, a number and uint8 images (B, C, H, W), read one by one -> mean (2048,) and covariance of the features
     of all processes, float64; class probabilities (N, 1008)."""
-    total, outer, probabilities = 0, 0, {}
+    total, products, probabilities = 0, 0, {}  # Σ f, Σ f fᵀ
     for i, images in batches:
         features, logits = inception(images)
         features = features.cpu().double()  # in this order: mps has no double
-        total, outer = total + features.sum(0), outer + features.T @ features
+        total, products = total + features.sum(0), products + features.T @ features
         probabilities[i] = logits.softmax(1).cpu()
     probabilities = torch.cat(list(merged(probabilities).values()))
     n = len(probabilities)
-    total, outer = map(sum, zip(*merged({processes()[0]: (total, outer)}).values()))
-    mean = total / n
-    return mean, (outer - n * torch.outer(mean, mean)) / max(1, n - 1), probabilities
+    totals, all_products = zip(*merged({processes()[0]: (total, products)}).values())  # one of each process
+    mean = sum(totals) / n
+    return mean, (sum(all_products) - n * torch.outer(mean, mean)) / max(1, n - 1), probabilities
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), the squared W₂ distance of two Gaussians (Heusel et al. 2017, Eq. 6), >= 0.
+    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), the squared W₂ distance of two Gaussians (Heusel et al. 2017, Eq. (6)), >= 0.
 
-    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues of AᵀΣ₂A. That is symmetric, so they are real, and those below 0 are rounding,
-    also where a covariance is singular, as it is with fewer images than features.
+    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. That matrix is symmetric, so they are real, and those
+    below 0 are rounding, also where a covariance is singular, as it is with fewer images than features.
     """
     values, vectors = torch.linalg.eigh(cov1.double())
     A = vectors * values.clamp(min=0).sqrt()

@@ -1,11 +1,11 @@
 """DC-VAE, with its ablations VAE, VAE/GAN and VAE-Contrastive on one backbone (Parmar et al. 2021).
 
-    generative model   z ~ N(0, 1), x̃ = decoder(z)               a likelihood is evaluated by --loss vae only
-    inference model    q(z|x) = N(μ(x), σ²(x)), x̂ = decoder(z)   for z ~ q(z|x), the reconstruction
-    losses             --loss vae          pixel + kl            Eq. 1
-                       --loss vaegan       feature + gan + kl    Eqs. 3-5
-                       --loss contrastive  contrast + kl         Eqs. 6, 8
-                       --loss dcvae        contrast + gan + kl   Eq. 9
+    generative model   z ~ N(0, 1), x̃ = decoder(z)               p(x|z) is defined for --loss vae only: N(x̂, ½)
+    inference model    q(z|x) = N(μ(x), σ²(x)), x̂ = decoder(z)   for z ~ q(z|x), in figures and evaluation z = μ(x)
+    losses             --loss vae          pixel + kl            Eq. (1)
+                       --loss vaegan       feature + gan + kl    Eqs. (3) to (5)
+                       --loss contrastive  contrast + kl         Eqs. (6), (8)
+                       --loss dcvae        contrast + gan + kl   Eq. (9)
 
 Encoder and decoder minimise these. The discriminator D plays against them in gan, and lowers contrast as they do.
 
@@ -13,7 +13,8 @@ Encoder and decoder minimise these. The discriminator D plays against them in ga
     python dcvae.py --dataset cifar10                the paper's size, for a GPU; Table 1 reports FID 17.9
     python dcvae.py --dataset mnist --latent 16      representation: Table 6 reports 1.30 % errors of a linear classifier
 
-arXiv:2011.10063. Derivation, logged keys, differences from the paper: docs/dcvae.md. Measured results: docs/results.md.
+arXiv:2011.10063. Derivation, logged keys, differences from the paper: docs/dcvae.md. All equations: docs/equations.md. Results:
+docs/results.md.
 
     B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent · D(x) (B,) score, > 0: looks real
@@ -54,14 +55,14 @@ class Config:
     loss: str = flag("dcvae", "the four models of Table 1", choices=("vae", "vaegan", "contrastive", "dcvae"))
     latent: int = flag(128, "dimensions of z")
     small: bool = flag(False, "the same networks narrowed for a laptop CPU")
-    epochs: int = flag(800, "passes over the training images")
+    epochs: int = flag(800, "passes over the training images by D; encoder and decoder learn from 1 in --d_steps of them")
     steps: int = flag(None, "training steps, each one update of encoder and decoder (overrides --epochs)")
-    accumulate: int = flag(1, "parts that an update is computed in, one after another, for less memory")
+    accumulate: int = flag(1, "parts that an update is computed in, one after another, for less memory; batch norm sees a part at a time")
     batch_size: int = flag(64, "images an update, all processes together")  # NOTE(paper): 128 in 5.1; the release takes 64 images, and 128 samples
     d_steps: int = flag(5, "updates of the discriminator a step, each on a batch of its own; --loss contrastive has 1")
     lr: float = flag(2e-4, "Adam's learning rate, constant", low=0)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)", low=0)
-    gan: str = flag("hinge", "set-level loss: hinge, as released, or log, as in Eq. 4", choices=("hinge", "log"))
+    gan: str = flag("hinge", "set-level loss: hinge, as released, or log, as in Eq. (4)", choices=("hinge", "log"))
     negatives: int = flag(8096, "K, the images that the right one is told from")
     temperature: float = flag(0.07, "of the contrast", low=1e-3)
     momentum: float = flag(0.999, "of the average of the discriminator that embeds real images for the contrast", low=0)
@@ -89,7 +90,8 @@ class Config:
 
     def __post_init__(self):
         if self.kl_weight is None:
-            # NOTE(paper): Eqs. 3 and 8 have 1, at which the KL takes back what the contrast gives. Released: 1e-6, on a sum over 64.
+            # NOTE(paper): Eqs. (3), (8) have 1, at which the KL takes back what the contrast gives. Released: 1e-6 on a sum over 64
+            # images, 6.4e-5 on their mean.
             self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
 
     @property
@@ -100,7 +102,7 @@ class Config:
 class DownBlock(nn.Module):
     """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W), with `halve` (B, c_out, H/2, W/2).
 
-    Each conv has its ReLU before it, but for the first conv of the `first` block, which sees an image.
+    Each 3x3 conv has its ReLU before it, but for the first one of the `first` block, which sees an image.
     """
     def __init__(self, c_in, c_out, first=False, halve=False):
         super().__init__()
@@ -125,11 +127,11 @@ class UpCell(nn.Module):
 
     Returns its output and `skip`, what its second conv sees before the ReLU, which contains the skips of the cells before it.
     """
-    def __init__(self, width, mode, skips, shortcut):
+    def __init__(self, width, mode, earlier, shortcut):
         super().__init__()
         self.mode = mode
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(skips))
+        self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(earlier))
         self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
 
     def forward(self, h, skips):
@@ -152,7 +154,7 @@ def pool(h):
 
 # Changed from vae.py: residual blocks with spectral norm, z is a vector
 class Encoder(nn.Module):
-    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32. log σ² is at most 20, before exp overflows."""
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32. log σ² is cut at 20, long before exp overflows."""
     def __init__(self, channels, width, latent):
         super().__init__()
         self.blocks = down_blocks(channels, width)
@@ -177,10 +179,11 @@ class Decoder(nn.Module):
         super().__init__()
         side = start_side(size)
         self.enter = nn.Sequential(nn.Linear(latent, width * side**2), nn.Unflatten(1, (width, side, side)))
+        # modes, earlier cells, shortcuts: as AutoGAN's search found them
         self.cells = nn.ModuleList([UpCell(width, "nearest", 0, True), UpCell(width, "bilinear", 1, True),
                                     UpCell(width, "nearest", 2, False)])
         self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1))
-        for layer in self.modules():  # as released, where Xavier does not reach layers with spectral norm
+        for layer in self.modules():  # Xavier as released: here and in D's heads, as it does not reach layers with spectral norm
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
 
@@ -222,44 +225,44 @@ class Discriminator(nn.Module):
         features["final"] = self.linear(pool(h))
         return self.score(features["final"]).squeeze(1).float(), features
 
-# ---- Losses: instance level, one of pixel, feature, contrast; set level, gan; all (B,) per image, fp32 ----------------------
+# ---- Losses: KL, contrast, gan, all fp32; pixel and feature, Eqs. (1), (3), are a line each in DCVAE.terms -------------------
 def gaussian_kl(mean, log_var):
     """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) twice -> (B, L) in nats."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
-def draw_code(mean, log_var):
+def sample_code(mean, log_var):
     """z = μ + σε, ε ~ N(0, 1): (B, L) twice -> (B, L)."""
     return mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
 
 def info_nce(query, positive, negatives, temperature):
-    """-log of the share that the positive has in Σ_j exp(cos(query, key_j)/τ) (Eq. 6), and whether it is the most similar.
+    """-log of the share that the positive has in Σ_j exp(cos(query, key_j)/τ) (Eq. (6)), and whether it is the most similar.
 
     query (B, d); positive (B, d) and negatives (K, d), of length 1 -> nats (B,), 1 or 0 (B,). log(1 + K) by pure guessing.
     """
     with torch.autocast(query.device.type, enabled=False):  # cosines in fp32: bf16 would round them to 1/256
         query = F.normalize(query.float(), dim=1)
         similarity, others = (query * positive).sum(1), query @ negatives.T  # (B,), (B, K)
-        # NOTE(paper): Eq. 6 has no temperature. Cosines are at most 1: without one, the right of 8097 keys could have a share of
-        # e²/8096 at most, and the loss could not fall by more than 2 nats.
+        # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1: without one, the right of 8097 keys could have a
+        # share of e/(e + 8096/e) at most, e²/8096, and the loss could not fall by more than 2 nats.
         logits = torch.cat([similarity.unsqueeze(1), others], 1) / temperature
         return torch.logsumexp(logits, 1) - logits[:, 0], (similarity > others.amax(1)).float()
 
 def discriminator_gan(kind, real, reconstructed, sampled):
-    """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,). log: minus Eq. 4, its D(x) = σ(score)."""
+    """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,). log: minus Eq. (4), its D(x) = σ(score)."""
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
     # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of fakes by one half.
     return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
 
 def generator_gan(kind, reconstructed, sampled):
-    """What encoder and decoder minimise: scores of reconstructions (B,) and of any number of samples -> (B,). log: Eq. 4."""
+    """What encoder and decoder minimise: scores of reconstructions (B,) and of any number of samples -> (B,). log: Eq. (4)."""
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
     return -0.5 * reconstructed - 0.5 * sampled.mean()
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """average ← decay·average + (1 - decay)·model: of parameters and of buffers, so of batch norm's statistics too."""
+    """average ← decay·average + (1 - decay)·model: parameters and buffers, so batch norm's statistics and spectral norm's vectors too."""
     for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
         slow.lerp_(fast, 1 - decay) if slow.is_floating_point() else slow.copy_(fast)
 
@@ -282,20 +285,20 @@ class DCVAE(nn.Module):
         self.cfg = cfg
         self.adversarial, self.contrastive = cfg.loss in ("vaegan", "dcvae"), cfg.loss in ("contrastive", "dcvae")
         self.weights = dict.fromkeys(["pixel", "feature", "contrast", "gan", "d_gan", "d_contrast"], 1) | {"kl": cfg.kl_weight}
-        wide, narrow = WIDTHS["small" if cfg.small else "full"]
-        self.encoder = Encoder(channels, narrow, cfg.latent)
-        self.decoder = Decoder(cfg.latent, wide, channels, size)
+        decoder_width, width = WIDTHS["small" if cfg.small else "full"]
+        self.encoder = Encoder(channels, width, cfg.latent)
+        self.decoder = Decoder(cfg.latent, decoder_width, channels, size)
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with the first block, as here.
         self.layers = contrast_layers(cfg) if self.contrastive else ()
-        self.discriminator = Discriminator(channels, narrow, size, self.layers) if cfg.loss != "vae" else None
+        self.discriminator = Discriminator(channels, width, size, self.layers) if cfg.loss != "vae" else None
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:  # keys come from a slow copy of D, so that those in the queue fit together (He et al. 2020)
             self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
             widths = dict.fromkeys(self.layers, FEATURES)
             if cfg.patch_after is not None:
-                widths |= {f"patch_{name}": narrow for name in BLOCKS}
-            self.queue = nn.ParameterDict({name: F.normalize(torch.randn(cfg.negatives, width), dim=1) for name, width in widths.items()})
-            self.queue.requires_grad_(False)
+                widths |= {f"patch_{name}": width for name in BLOCKS}
+            self.queue = nn.ParameterDict({name: F.normalize(torch.randn(cfg.negatives, d), dim=1) for name, d in widths.items()})
+            self.queue.requires_grad_(False)  # random directions at first; later also older keys of x itself, as released
             self.register_buffer("queued", torch.tensor(0))  # keys so far, modulo K: where the oldest is
         self.train()
 
@@ -312,26 +315,27 @@ class DCVAE(nn.Module):
         `where` and `keys`, for the losses with a contrast, are those of `encode_keys`.
         """
         mean, log_var = self.encoder(x)
-        z, kl = draw_code(mean, log_var), gaussian_kl(mean, log_var).sum(1)
-        if self.cfg.loss == "vae":  # Eq. 1: -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
+        z, kl = sample_code(mean, log_var), gaussian_kl(mean, log_var).sum(1)
+        if self.cfg.loss == "vae":  # Eq. (1): -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
             return {"pixel": (x - self.decoder(z)).square().sum((1, 2, 3)), "kl": kl}
         samples = 2 * len(x) if self.adversarial else 0  # twice as many as reconstructions, as released
         scores, features = self.discriminator(self.decoder(torch.cat([z, torch.randn(samples, z.shape[1], device=x.device)])), where)
         features = {name: values[:len(x)].float() for name, values in features.items()}  # of x̂
-        if self.cfg.loss == "vaegan":  # Eqs. 3, 4
+        if self.cfg.loss == "vaegan":  # Eqs. (3), (4)
             with torch.no_grad():
                 target = self.discriminator(x)[1]["final"].float()
+            # NOTE(paper): Eq. (5) has max over D of the feature distance too, which has no upper limit: here D plays in gan alone.
             return {"feature": (target - features["final"]).square().sum(1),
                     "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}
         contrast, _ = self.contrast(features, keys)
-        if self.cfg.loss == "contrastive":  # Eqs. 6, 8
+        if self.cfg.loss == "contrastive":  # Eqs. (6), (8)
             return {"contrast": contrast, "kl": kl}
-        return {"contrast": contrast, "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}  # Eqs. 6, 4, 8: Eq. 9
+        return {"contrast": contrast, "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}  # Eqs. (6), (4), (8)
 
     def discriminator_terms(self, x, where=None, keys=None):
         """What D minimises, d_gan and, where keys are given, d_contrast; beside them what shows its health: x -> {name: (B,)}."""
         with torch.no_grad():  # neither encoder nor decoder learns here
-            z = draw_code(*self.encoder(x))
+            z = sample_code(*self.encoder(x))
             fakes = self.decoder(torch.cat([z, torch.randn_like(z)]) if self.adversarial else z)
         scores, features = self.discriminator(torch.cat([fakes, x]) if self.adversarial else fakes, where, heads=keys is not None)
         terms = {}
@@ -340,25 +344,25 @@ class DCVAE(nn.Module):
             terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled,
                      "d_gan": discriminator_gan(self.cfg.gan, real, reconstructed, sampled)}
         if keys:
-            # NOTE(paper): Eq. 9 has max over D of all terms, but a critic that learns log p(x|z) must lower the contrast (Eq. 7).
+            # NOTE(paper): Eq. (9) has max over D of all terms, but a critic that learns log p(x|z) must lower the contrast (Eq. (7)).
             features = {name: values[:len(x)] for name, values in features.items()}  # of reconstructions
             terms["d_contrast"], terms["accuracy"] = self.contrast(features, keys)
         return terms
 
     def contrast(self, features, keys):
         """InfoNCE of reconstructions' features {layer: (B, d)} against `keys` of their originals -> nats, hits (B,): means over
-        --contrast_layers; the mean over patches comes on top (4.2)."""
-        losses, hits = zip(*(info_nce(features[name], key, self.queue[name], self.cfg.temperature) for name, key in keys.items()))
-        deep = len(self.layers)
-        patches = torch.stack(losses[deep:]).mean(0) if len(losses) > deep else 0
-        return torch.stack(losses[:deep]).mean(0) + patches, torch.stack(hits[:deep]).mean(0)
+        --contrast_layers. Its average over images and draws is Eq. (7). The mean over patches comes on top (4.2)."""
+        pairs = {name: info_nce(features[name], key, self.queue[name], self.cfg.temperature) for name, key in keys.items()}
+        losses, hits = zip(*(pairs[name] for name in self.layers))
+        patches = [loss for name, (loss, _) in pairs.items() if name.startswith("patch_")]
+        return torch.stack(losses).mean(0) + (torch.stack(patches).mean(0) if patches else 0), torch.stack(hits).mean(0)
 
     @torch.no_grad()
     def encode_keys(self, x, patches=False):
         """Move the momentum network by one step of its average; real images' keys from it: x (B, C, H, W) -> place of the patches
         (4, 2) or None, {layer: (B, d)}."""
         update_average(self.momentum_discriminator, self.discriminator, self.cfg.momentum)
-        where = torch.rand(len(BLOCKS), 2, device=x.device) if patches else None
+        where = torch.rand(len(BLOCKS), 2, device=x.device) if patches else None  # for the whole batch; the queue's are of earlier places
         features = self.momentum_discriminator(x, where)[1]
         return where, {name: F.normalize(features[name].float(), dim=1) for name in self.queue if name in features}
 
@@ -382,7 +386,7 @@ class DCVAE(nn.Module):
     def encode(self, x, draw=False):
         """The mean of q(z|x) or a draw from it: (B, C, H, W) -> (B, L)."""
         mean, log_var = self.encoder(x)
-        return draw_code(mean, log_var) if draw else mean
+        return sample_code(mean, log_var) if draw else mean
 
     def sample(self, n):
         """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), on the 256-level grid."""
@@ -412,7 +416,7 @@ class DCVAE(nn.Module):
 # ---- Training --------------------------------------------------------------------------------------------------------
 # Changed from vae.py: two players, no bound
 def train(cfg, model, images, folder, checkpoint):
-    """The game of Eq. 9, or the part of it that --loss has. Returns False where Ctrl-C or SIGTERM ended it early.
+    """The game of Eq. (9), or the part of it that --loss has, Eqs. (2), (5). Returns False where Ctrl-C or SIGTERM ended it early.
 
     A step is --d_steps updates of D, each on a batch of its own, then one of encoder and decoder on the last of these batches.
     """
@@ -441,7 +445,7 @@ def train(cfg, model, images, folder, checkpoint):
         for i, part in enumerate(x.chunk(parts)):
             with autocast(cfg):
                 terms = function(part, where, keys and {name: key.chunk(parts)[i] for name, key in keys.items()})
-            loss = sum(weight * terms[name].mean() for name, weight in model.weights.items() if name in terms) / parts
+            loss = sum(weight * terms[name].mean() for name, weight in model.weights.items() if name in terms) / parts  # Eqs. (5), (9): sums
             loss.backward()
             row = {name: row.get(name, 0) + values.detach().mean() / parts for name, values in terms.items()}
         optimizer.step()
@@ -465,7 +469,7 @@ def train(cfg, model, images, folder, checkpoint):
                 model.discriminator.requires_grad_(True)
             if keys:
                 model.enqueue(keys)
-            update_average(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))  # a short run's is of its end too
+            update_average(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))  # a short run's is not of its start
             state["step"] = step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
             stopping = asked(stop)
@@ -506,7 +510,7 @@ def evaluating(model):
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
     requests = []
-    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)  # (append returns None)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
@@ -585,11 +589,11 @@ def report(folder, state, split, rows, total, data):
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def distances(model, batches, vgg=None):
     """x against x̂, means over a split: pixel and, with VGGFeatures, perceptual distance; the KL in nats per image and per latent
-    dimension, and in how many dimensions it is above 0.05 nats."""
+    dimension, and in how many dimensions it is above 0.05 nats (our idea of "in use")."""
     rows = {}
     for i, x in shared(batches):
         mean, log_var = model.encoder(x)
-        x_hat = model.decode(draw_code(mean, log_var) if model.cfg.draw_code else mean)
+        x_hat = model.decode(sample_code(mean, log_var) if model.cfg.draw_code else mean)
         rows[i] = {"pixel_distance": pixel_distance(x, x_hat).cpu(), "kl": gaussian_kl(mean, log_var).cpu()}
         if vgg:
             rows[i]["perceptual_distance"] = perceptual_distance(vgg, x, x_hat).cpu()
@@ -611,7 +615,8 @@ def factor(cfg, images, split):
 
 def linear_probe(train, train_labels, test, test_labels, epochs=20):
     """Errors in percent of a linear classifier of features (N, d), labels (N,) int64, on the test set -> mean over five seeds, half
-    the width of its 95 % interval (Table 6): softmax regression on standardised features by Adam, rate 0.01 falling to 0."""
+    the width of its 95 % interval (Table 6, whose 5 trials may be of the whole model): softmax regression on standardised features
+    by Adam, rate 0.01 falling to 0."""
     mean, sd = train.mean(0), train.std(0).clamp(min=0.01)  # no division by 0 where a feature is constant
     train, test = (train - mean) / sd, (test - mean) / sd
     errors = []

@@ -1,18 +1,20 @@
 """RealNVP, an invertible network as a density model of images and of points in the plane (Dinh et al. 2016).
 
     generative model   v ~ N(0, 1), x = f⁻¹(v), with f invertible: coupling layers, whose Jacobian is triangular
-    likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. 3)
-    images             have 256 levels, but p is a density: the bound log P(x) ≥ E[log p(x + u)], u ~ U[0, 1)
+    likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. (3))
+    images             have 256 levels, but p is a density: the bound log P(x) ≥ E[log p(x + u)], u ~ U[0, 1), x in levels
 
     python realnvp.py --dataset moons                points in the plane, a minute; also rings, spirals, checkerboard
     python realnvp.py --dataset mnist --small        images on a CPU
     python realnvp.py --dataset cifar10              the paper's size, for a GPU; Table 1 reports 3.49 bits per dimension
 
-arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/realnvp.md. Measured results: docs/results.md.
+arXiv:1605.08803. Derivation, logged keys, differences from the paper: docs/realnvp.md. All equations: docs/equations.md. Results:
+docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
     x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1) · y its logits, v the base variable (the paper's z), both like x
-    z, where a coupling or a flow stands by itself, is what goes in: the x of Eqs. 4-9
+    z, where a coupling or a flow stands by itself, is what goes in, v what comes out: the x and y of Eqs. (4) to (9)
+    "released" is the paper's TensorFlow code
 """
 
 import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
@@ -46,13 +48,13 @@ class Config:
     dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    size: int = flag(None, "side of the images in pixels, even; without --small 48, 64, 96 … above 32 (default: the dataset's own)")
+    size: int = flag(None, "side of the images in pixels, even; above 32 without --small 40, 48, 56, 64, 80 … (default: the dataset's own)")
     small: bool = flag(False, "images: the same network narrowed for a laptop CPU, and a quicker evaluation")
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(None, "images a step, all processes together (default 64, points 512)")
     accumulate: int = flag(1, "parts that a batch is computed in, one after another, for less memory")
-    lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, from 1000 on falls", low=0)
+    lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, from 1000 on falls, to a tenth", low=0)
     seed: int = flag(0, "seed of initialisation, batches and noise", low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on cuda, from Ampere on", choices=("auto", "fp32", "bf16"))
@@ -65,7 +67,7 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     iw_samples: int = flag(16, "S of the importance-weighted bound: it takes S passes over the test images")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
-    temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples; the first has 1", low=0)
+    temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples (ours; the first has 1)", low=0)
     fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
     inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
     free = "iw_samples iw_images temperature"  # flags of the evaluation
@@ -82,7 +84,7 @@ class Config:
 # ---- Building blocks: couplings and their networks ----------------------------------------------------------------------
 # Changed from vae.py: no strides, and a fixed start
 def conv(c_in, c_out, kernel=3, gain=1.0):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width. g starts at gain·√2,
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width. g starts at gain·√2,
     for the half of the mean square that a mask or a ReLU takes before it (skips: after it; He et al. 2015)."""
     layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
     nn.init.constant_(layer.parametrizations.weight.original0, gain * 2**0.5)  # g
@@ -114,7 +116,7 @@ class ResNet(nn.Module):
         for block, skip in zip(self.blocks, self.skips[1:]):
             h = h + block(h)
             skipped = skipped + skip(h)
-        return self.leave(F.relu(skipped)) * (32 / self.leave.in_channels)  # else Adam's steps of s would grow with the features
+        return self.leave(F.relu(skipped)) * (32 / self.leave.in_channels)  # Adam moves each weight alike: s by as much as 32 features would
 
 def mlp(hidden=64):
     """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
@@ -122,10 +124,10 @@ def mlp(hidden=64):
                          zeroed(nn.Linear(hidden, 4)), nn.Unflatten(1, (4, 1, 1)))
 
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eq. 9): values where the mask is 1 pass, the others become z·exp(s) + t.
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)): values where the mask is 1 pass, the others become z·exp(s) + t.
 
-    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
-    again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (their Eq. (6)), and the inverse can compute
+    them again (Eqs. (7), (8)). s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
     """
     def __init__(self, mask, channels, net):
         super().__init__()
@@ -138,17 +140,17 @@ class Coupling(nn.Module):
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        s, t = self.s_t(z)
+        s, t = self.s_t(z)  # 0 where the mask is 1
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
-    def inverse(self, z):
-        s, t = self.s_t(z)
-        return (z - t) * torch.exp(-s)
+    def inverse(self, v):
+        s, t = self.s_t(v)  # those of z: what passed is the same in both
+        return (v - t) * torch.exp(-s)
 
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (Dinh et al., section 3.5).
 
-    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
+    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (their Eqs. (10), (11)).
     """
     def __init__(self, mask, count, channels, net):
         super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))  # odd i: the mask inverted
@@ -160,23 +162,24 @@ class Couplings(nn.ModuleList):
             log_det = log_det + log_det_i
         return z, log_det
 
-    def inverse(self, z):
+    def inverse(self, v):  # (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (Eq. (12))
         for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
+            v = coupling.inverse(v)
+        return v
 
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
-    the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
-    couplings. What is done goes back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
+    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
+    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
+    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
         board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (their Figure 3, left)
-        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (same, right)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on red and the upper row of green (right)
         self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
         self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
@@ -187,7 +190,7 @@ class Flow(nn.Module):
             return z, log_det
         z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
         a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square, (B, C, side/2, side/2)
-        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
+        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done; the diagonal goes on, as released
         a, d = rest.chunk(2, 1)
         v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
         return v, log_det + log_det_squeezed + log_det_rest
@@ -203,7 +206,11 @@ class Flow(nn.Module):
 # ---- The model -------------------------------------------------------------------------------------------------------
 ALPHA = 0.05  # keeps the logit of black and white finite
 # Changed from vae.py: residual networks
-WIDTHS = {"32": (8, 64), "64": (2, 32), "small": (1, 32)}  # residual blocks in s and t; their features, doubled as the side halves
+WIDTHS = {  # residual blocks in s and t; their features, doubled as the side halves
+    "32": (8, 64),  # the paper's for CIFAR-10, here for all up to 32
+    "64": (2, 32),  # the paper's for 64x64
+    "small": (1, 32),  # ours
+}
 
 def scales_for(size, small):
     """Scales for images of `size` pixels: 2 up to 32 ("downscale only once") and if small, else down to 4 … 7. Or UserError."""
@@ -242,7 +249,7 @@ class RealNVP(nn.Module):
         return y if self.plane else 256 * (torch.sigmoid(y) - ALPHA) / (1 - 2 * ALPHA)
 
     def forward(self, x):
-        """x -> v = f(x), same shape, and log |det ∂v/∂(x + u)|, (B,) in nats. For images u is drawn anew each time."""
+        """x -> v = f(x), same shape (Eq. (2)), and log |det ∂v/∂(x + u)|, (B,) in nats. For images u is drawn anew each time."""
         y, log_det_logit = self.preprocess(x)
         v, log_det = self.flow(y)
         return v, log_det + log_det_logit
@@ -253,7 +260,7 @@ class RealNVP(nn.Module):
         return x if self.plane else from_uint8(x.floor().clamp(0, 255))
 
     def terms(self, x):
-        """-log p(x) = base + volume, (B,) in nats (Eq. 3): {"base": -log N(v; 0, 1), "volume": -log |det ∂v/∂(x + u)|}.
+        """-log p(x) = base + volume, (B,) in nats (Eq. (3)): {"base": -log N(v; 0, 1), "volume": -log |det ∂v/∂(x + u)|}.
 
         Exact for points. For images a one-sample estimate of E[-log p(x + u)] ≥ -log P(x), the bound that is trained.
         """
@@ -276,9 +283,9 @@ class RealNVP(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, x1, x2, steps=8):
-        """f⁻¹ of the arc cos φ·v1 + sin φ·v2, 0 ≤ φ ≤ π/2 (Eq. 19): (B, C, H, W) -> (B, steps, C, H, W).
+        """f⁻¹ of the arc cos φ·v1 + sin φ·v2, 0 ≤ φ ≤ π/2 (Eq. (19), for two images instead of four): (B, C, H, W) -> (B, steps, C, H, W).
 
-        If v1 and v2 are draws of N(0, 1), so is every point of the arc; halfway on a straight line sd would be 1/√2.
+        If v1 and v2 are independent draws of N(0, 1), so is every point of the arc; halfway on a straight line sd would be 1/√2.
         """
         v1, v2 = self(x1)[0], self(x2)[0]
         angles = torch.linspace(0, math.pi / 2, steps).tolist()
@@ -305,6 +312,7 @@ def train(cfg, model, images, folder, checkpoint):
     with stop_requests() as stop:
         for step in range(state["step"] + 1, total + 1):
             # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a falling rate averages noise out.
+            # The numbers are ours; the tenth is reached at step 100,000.
             optimizer.param_groups[0]["lr"] = cfg.lr * min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
             optimizer.zero_grad()
             seed_noise(cfg.seed, step, rank)
@@ -316,7 +324,7 @@ def train(cfg, model, images, folder, checkpoint):
                 loss = (sum(terms.values()).mean() + l2) / cfg.accumulate  # the parts' gradients add up to that of the batch
                 loss.backward()
                 rows[-1] = {name: rows[-1].get(name, 0) + values.detach().mean() / cfg.accumulate for name, values in terms.items()}
-            nn.utils.clip_grad_norm_(model.parameters(), 100)
+            nn.utils.clip_grad_norm_(model.parameters(), 100)  # as released
             optimizer.step()
             state["step"] = step
             log, validate, keep = (step == total or step % n == 0 for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
@@ -344,7 +352,7 @@ def train(cfg, model, images, folder, checkpoint):
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
     requests = []
-    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)  # (append returns None)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests

@@ -11,11 +11,14 @@
     python selfvae.py --dataset imagenette --levels 2            64 -> 32 -> 16, the paper's "3-level" model; Table 1: 3.70
     python selfvae.py --dataset celeba --transform sketch        y a pencil sketch of x; Table 1: 3.24
 
-arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/selfvae.md. Measured results: docs/results.md.
+arXiv:2010.02014. Eq. (3.3b) is the second line without a number displayed in its section 3.3; "released" is the code of srVAE, the
+authors' predecessor of this paper, which has none. Derivation, logged keys, differences from
+the paper: docs/selfvae.md. All equations: docs/equations.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
     x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), as discrete as x; downscaling: H_k = H / 2^(K+1-k)
-    u = z_0, z_k (B, 16, 8, 8) latents · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
+    u = z_0, z_k (B, 16, 8, 8) latents · v (B, 16, 8, 8) the noise of p(u), N(0, 1): of a flow the base variable
+    P = dmol_channels(C) parameters a pixel, of 10 logistic components
 """
 
 import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
@@ -44,7 +47,7 @@ def flag(default, help, **metadata):
 # Changed from vae.py: --transform and --levels; no mixture prior
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
+    """The flags. Defaults are the paper's; where it is silent, the released code's."""
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
@@ -74,7 +77,7 @@ class Config:
     mean: bool = flag(False, "figures: show the mean of p(y|·) and p(x|·), not a draw from it")
     fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
     inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
-    free = "iw_samples iw_images temperature mean"  # flags of the evaluation
+    free = "iw_samples iw_images temperature mean"  # flags of the evaluation, which --resume and --eval may change (FREE)
 
     @property
     def variant(self):
@@ -83,13 +86,13 @@ class Config:
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
 # Copied from vae.py: conv
 def conv(c_in, c_out, kernel=3, stride=1, scale=1.0, double=False):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width, divides them by `stride` or,
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width, divides them by `stride` or,
     transposed, doubles them. `scale` is its output's sd after data_dependent_init."""
     layer = (nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1) if double
              else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2))
     nn.init.normal_(layer.weight, std=0.05)  # v of a fixed size: PyTorch's shrinks with fan-in, and Adamax then turns w too far
     layer.initial_scale = scale
-    return weight_norm(layer, dim=int(double))
+    return weight_norm(layer, dim=int(double))  # one g for each output channel: dim 1 of a transposed weight
 
 # Copied from vae.py: data_dependent_init
 @torch.no_grad()
@@ -119,7 +122,7 @@ class ChannelAttention(nn.Module):
     """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
     def __init__(self, channels):
         super().__init__()
-        hidden = max(1, channels // 8)
+        hidden = max(1, channels // 8)  # as released
         self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True), conv(hidden, channels, 1), nn.Sigmoid())
 
     def forward(self, h):
@@ -127,7 +130,7 @@ class ChannelAttention(nn.Module):
 
 # Copied from vae.py: DenseBlock
 class DenseBlock(nn.Module):
-    """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
+    """`steps` dense steps (Huang et al. 2016; bottleneck 4·growth), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
     def __init__(self, channels, growth, steps):
         super().__init__()
         self.channels = channels + steps * growth
@@ -144,7 +147,7 @@ class DenseBlock(nn.Module):
             h = torch.cat([h.to(new.dtype), new], 1)  # else one fp32 image would make all features after it fp32
         return self.attention(h)
 
-# ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
+# ---- Networks: an Encoder's or Decoder's `growth` is that of its 8x8 block, and halves with each doubling of the side ----
 # Copied from vae.py: LATENT
 LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
 
@@ -171,10 +174,13 @@ class Encoder(nn.Sequential):
 
 # Copied from vae.py: Decoder
 class Decoder(nn.Sequential):
-    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
+    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size).
+
+    There is no block at full size, as released.
+    """
     def __init__(self, size, growth, steps, c_out, scale=0.1):
         layers, channels = [], LATENT[0]
-        for times in range(halvings(size) or 1):  # doublings done
+        for times in range(halvings(size) or 1):  # doublings done; at size 8 one block, and none
             layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if size > 8:
@@ -184,7 +190,7 @@ class Decoder(nn.Sequential):
 
 # Copied from vae.py: gaussian
 def gaussian(params):
-    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
+    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7], as released."""
     mean, log_var = params.float().chunk(2, 1)
     return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
 
@@ -200,7 +206,7 @@ class ConditionalPrior(nn.Module):
     """p(z_k | y_k, z_{k-1}): y_k (B, C, size, size) through from_y, then with z_{k-1} (B, 16, 8, 8) -> (B, 32, 8, 8), μ and log σ²."""
     def __init__(self, channels, size, y_width, joint_width):
         super().__init__()
-        self.from_y = nn.Sequential(Encoder(channels, size, *y_width, c_out=LATENT[0], scale=1.0), nn.ELU())
+        self.from_y = nn.Sequential(Encoder(channels, size, *y_width, c_out=LATENT[0], scale=1.0), nn.ELU())  # as released: on z's way none
         self.from_z = dense_blocks(LATENT[0], *joint_width, LATENT[0])
         self.joint = dense_blocks(2 * LATENT[0], *joint_width, 2 * LATENT[0], scale=0.1)
 
@@ -211,8 +217,8 @@ class ConditionalPrior(nn.Module):
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1} | y_k, z_k): y_k (B, channels, …) and z_k -> logistic-mixture parameters (B, P, size, size) for y_{k+1}.
 
-    NOTE(paper): with `residual`, where y_k is a coarse y_{k+1}, it is the mixture of y_{k+1} less the enlarged y_k. As in the
-    released code, without, the network must first learn to copy its input. Same parameters.
+    NOTE(paper): with `residual`, where y_k is a coarse y_{k+1}, it is the mixture of y_{k+1} less the enlarged y_k. The
+    released code has no residual: its network must first learn to copy its input. The parameters are as many.
     """
     def __init__(self, channels, size, c_out, residual, z_width, features, joint_width):
         super().__init__()
@@ -237,10 +243,10 @@ class NormalPrior(nn.Module):
 
 # Copied from realnvp.py: Coupling
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eq. 9): values where the mask is 1 pass, the others become z·exp(s) + t.
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)): values where the mask is 1 pass, the others become z·exp(s) + t.
 
-    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
-    again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (their Eq. (6)), and the inverse can compute
+    them again (Eqs. (7), (8)). s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
     """
     def __init__(self, mask, channels, net):
         super().__init__()
@@ -253,18 +259,18 @@ class Coupling(nn.Module):
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        s, t = self.s_t(z)
+        s, t = self.s_t(z)  # 0 where the mask is 1
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
-    def inverse(self, z):
-        s, t = self.s_t(z)
-        return (z - t) * torch.exp(-s)
+    def inverse(self, v):
+        s, t = self.s_t(v)  # those of z: what passed is the same in both
+        return (v - t) * torch.exp(-s)
 
 # Copied from realnvp.py: Couplings
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (Dinh et al., section 3.5).
 
-    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
+    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (their Eqs. (10), (11)).
     """
     def __init__(self, mask, count, channels, net):
         super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))  # odd i: the mask inverted
@@ -276,24 +282,25 @@ class Couplings(nn.ModuleList):
             log_det = log_det + log_det_i
         return z, log_det
 
-    def inverse(self, z):
+    def inverse(self, v):  # (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (Eq. (12))
         for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
+            v = coupling.inverse(v)
+        return v
 
 # Copied from realnvp.py: Flow
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
-    the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
-    couplings. What is done goes back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
+    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
+    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
+    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
         board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (their Figure 3, left)
-        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (same, right)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on red and the upper row of green (right)
         self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
         self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
@@ -304,7 +311,7 @@ class Flow(nn.Module):
             return z, log_det
         z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
         a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square, (B, C, side/2, side/2)
-        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
+        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done; the diagonal goes on, as released
         a, d = rest.chunk(2, 1)
         v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
         return v, log_det + log_det_squeezed + log_det_rest
@@ -319,13 +326,16 @@ class Flow(nn.Module):
 
 # Copied from vae.py: RealNVPPrior
 class RealNVPPrior(NormalPrior):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP of two scales (section 2.2): z is (16, 8, 8), then half of it, (32, 4, 4)."""
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+
+    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then half of it, (32, 4, 4).
+    """
     def __init__(self, growth, steps):
         super().__init__()
         def net(channels, side):
             block = DenseBlock(channels, growth, steps)
             return nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))  # s = t = 0 at first: v = z
-        self.flow = Flow(*LATENT[:2], 2, net)
+        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, net=net)
 
     def log_prob(self, z):
         v, log_det = self.flow(z.float())
@@ -388,7 +398,7 @@ TRANSFORMS = {  # --transform: d, the most --levels that make sense, whether d(y
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 # Changed from vae.py: every factor has its own
-WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of dense blocks. p_z: y alone, joint. p_x: z alone, features of z, joint
+WIDTHS = {  # of (K, size of x ≤ 32): (growth, steps) of dense blocks. p_z: from_y; from_z and joint. p_x: from_z, its features, joint
     (0, True): dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # released, as in vae.py
     (0, False): dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),  # ours, as in vae.py
     (1, True): dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),  # released
@@ -422,18 +432,21 @@ class SelfVAE(nn.Module):
         if self.K and self.shapes[1][1] < 8:
             raise UserError(f"--levels {self.K} leaves y_1 {self.shapes[1][1]} pixels a side, and 8 are the least: take fewer")
         C, size, _ = self.shapes[1]
-        case = "full-size y" if self.K and size == image_shape[1] else (self.K, image_shape[1] <= 32)
-        case = ("small" if self.K else "small VAE") if cfg.small else case if case in WIDTHS else "other"
-        width = WIDTHS[case]
-        self.q_u = Encoder(C, size, *width["q_u"])
-        self.p_u = RealNVPPrior(*width["flow"]) if cfg.prior == "realnvp" else NormalPrior()
-        self.p_y = Decoder(size, *width["p_y"], dmol_channels(C))
+        if cfg.small:
+            width = WIDTHS["small" if self.K else "small VAE"]
+        elif self.K and size == image_shape[1]:
+            width = WIDTHS["full-size y"]
+        else:
+            width = WIDTHS.get((self.K, image_shape[1] <= 32), WIDTHS["other"])
+        self.q_u = Encoder(C, size, *width["q_u"])  # Eq. (3.2g)
+        self.p_u = RealNVPPrior(*width["flow"]) if cfg.prior == "realnvp" else NormalPrior()  # Eqs. (3.2a), (3.2b)
+        self.p_y = Decoder(size, *width["p_y"], dmol_channels(C))  # Eq. (3.2c)
         self.q_z, self.p_z, self.p_x = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k in range(1, self.K + 1):
             (C, size, _), (C_next, size_next, _) = self.shapes[k], self.shapes[k + 1]
-            self.q_z.append(Encoder(C_next, size_next, *width["q_z"]))
-            self.p_z.append(ConditionalPrior(C, size, *width["p_z"]))
-            self.p_x.append(ConditionalDecoder(C, size_next, C_next, coarse, *width["p_x"]))
+            self.q_z.append(Encoder(C_next, size_next, *width["q_z"]))  # Eq. (3.2h)
+            self.p_z.append(ConditionalPrior(C, size, *width["p_z"]))  # Eq. (3.2d)
+            self.p_x.append(ConditionalDecoder(C, size_next, C_next, coarse, *width["p_x"]))  # Eq. (3.2e)
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -444,9 +457,10 @@ class SelfVAE(nn.Module):
         return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
 
     def representations(self, x):
-        """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic posterior q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
+        """x -> {k: y_k}, k = 1 … K+1, y_{K+1} = x: the deterministic q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})), Eq. (3.2f).
 
-        On 256 levels y is discrete, and every p(y|·) a probability and no density (section 3.2): else the bound would be void.
+        On 256 levels y is discrete, and every p(y|·) a probability and no density (section 3.2): else the bound would be void. As
+        log q(y|·) = 0, of the second term of Eq. (1) -log p(y|u) is left; and as y follows from x, q(z|x, y) = q(z|x).
         """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
@@ -454,13 +468,13 @@ class SelfVAE(nn.Module):
         return y
 
     def terms(self, x):
-        """The bound's terms, all costs, (B,) in nats, from one sample of u and every z_k: Eq. (2), for K levels section 3.4.
+        """The bound's terms, all costs, (B,) in nats, from one sample of u and every z_k: Eqs. (2), (A.4e), for K levels Eq. (3.4a).
 
             re_y_1, …, re_y_K, re_x    -log p(y_1|u), -log p(y_{k+1}|y_k, z_k): reconstruction errors, signed as in Table 1
             kl_u                       log q(u|y_1) - log p(u): a one-sample estimate, as p(u) may be a flow
             kl_z_1, …, kl_z_K          KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
 
-        NOTE(paper): section 3.4 prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the KL_z of Eq. (2).
+        NOTE(paper): Eq. (3.4a) prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the KL_z of Eq. (2).
         """
         y, terms = self.representations(x), {}
         name = lambda k: "re_x" if k == self.K + 1 else f"re_y_{k}"
@@ -483,8 +497,9 @@ class SelfVAE(nn.Module):
     def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
-        x and the y_k are encoded once; latents are decoded about `chunk` at a time (what fills the device), a matter of speed and memory, not
-        of the result. The mean of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's.
+        The two parts are what Eqs. (A.4a), (A.4b) average. E[log w] is Eqs. (1), (A.4c) with log q(y|x) = 0, hence Eq. (2). The mean
+        of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's. x and the y_k are encoded once; latents
+        are decoded about `chunk` at a time (what fills the device), a matter of speed and memory, not of the result.
         """
         chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         y = self.representations(x)
@@ -532,17 +547,18 @@ class SelfVAE(nn.Module):
     def infer(self, x, sent):
         """What a receiver knows once `sent` ⊆ {"u", "z_k", "y_k"} of x is sent -> {name: value}; of latents {name: log q}, (B,) nats.
 
-        With y_k comes all that is below it: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length
-        is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the ELBO. ValueError for other names.
+        With y_k comes all that is nearer to u: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length, of
+        draws from q by relative entropy coding, is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the
+        ELBO. ValueError for other names.
         """
         y = self.representations(x)
         if unknown := {*sent} - {"u", *(f"z_{k}" for k in range(1, self.K + 1)), *(f"y_{k}" for k in y)}:
             raise ValueError(f"there is no {', '.join(sorted(unknown))} in a model of {self.K} levels")
-        top = max((k for k in y if f"y_{k}" in sent), default=0)
-        known, log_q = {f"y_{k}": y[k] for k in range(1, top + 1)}, {}
+        last = max((k for k in y if f"y_{k}" in sent), default=0)
+        known, log_q = {f"y_{k}": y[k] for k in range(1, last + 1)}, {}
         for k, network in enumerate([self.q_u, *self.q_z]):
             name = f"z_{k}" if k else "u"
-            if name in sent or k < top:
+            if name in sent or k < last:
                 q = gaussian(network(y[k + 1]))
                 known[name] = q.rsample()
                 log_q[name] = q.log_prob(known[name])
@@ -550,9 +566,9 @@ class SelfVAE(nn.Module):
 
     @property
     def operations(self):
-        """Figure 3: {operation: what is sent of x}. The rest is drawn, so generation sends nothing.
+        """Figure 3, Eqs. (3.3c) to (3.3g): {operation: what is sent of x}. The rest is inferred from that or else drawn: generation sends nothing.
 
-        NOTE(paper): section 3.3 swaps the formulas of the conditional two ("former", "latter"): conditional generation
+        NOTE(paper): section 3.3 swaps Eqs. (3.3d), (3.3e), of the conditional two ("former", "latter"): conditional generation
         draws z_K from p, conditional reconstruction infers it. For K = 0, without y, they are the other ones again.
         """
         latents = ["u"] + [f"z_{k}" for k in range(1, self.K + 1)]
@@ -561,7 +577,7 @@ class SelfVAE(nn.Module):
                 "reconstruct_1": latents[:1], "reconstruct_2": latents}
 
     def sample(self, n, temperature=1.0, mean=False):
-        """Generation -> x (n, C, H, W) on the 256-level grid; arguments as for `decode`."""
+        """Generation, Eq. (3.3c) -> x (n, C, H, W) on the 256-level grid; arguments as for `decode`."""
         return self.decode({}, n, temperature, mean)[0][self.K + 1]
 
     def reconstruct(self, x, mean=False, operation="conditional_reconstruct", temperature=1.0):
@@ -585,7 +601,7 @@ class SelfVAE(nn.Module):
     def vary(self, x, redrawn, n=7, temperature=1.0, mean=False):
         """n images that share the latents of x, but for those `redrawn` ⊆ {"u", "z_k"} (Figure 13 ii).
 
-        (B, C, H, W) -> (B, n, C, H, W). Shared ones are the same draw from q throughout; every y_k and x̂ is drawn anew.
+        (B, C, H, W) -> (B, n, C, H, W). Shared ones are the same draw from q for all n; every y_k and x̂ is drawn anew.
         """
         known = {name: z.repeat_interleave(n, 0) for name, z in self.infer(x, self.operations["reconstruct_2"])[0].items()
                  if name not in redrawn}
@@ -599,7 +615,7 @@ def train(cfg, model, images, folder, checkpoint):
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world * cfg.accumulate)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)  # as released
     if not checkpoint:
         model.initialize(data.batch(0))
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
@@ -643,7 +659,7 @@ def train(cfg, model, images, folder, checkpoint):
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
     requests = []
-    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)  # (append returns None)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
@@ -734,7 +750,8 @@ def draw(cfg, model, images, folder, name):
 
 def draw_latent_space(cfg, model, x, folder):
     """interpolations/test-u.png, test-v.png: one a row, straight in u or in its base v. variations/test.png: a row shows x and
-    7 images that share u with it; first all z_k are drawn anew, then, for K > 1, each alone (Figures 10 B, 13)."""
+    7 images that share u with it, drawn once for each set of rows; first all z_k are drawn anew, then, for K > 1, each alone (Figures
+    10 B, 13)."""
     name = "test" + "-mean" * cfg.mean + f"-temperature{cfg.temperature:g}" * (cfg.temperature != 1)
     for space in "uv" if cfg.prior == "realnvp" else "u":
         rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
@@ -768,22 +785,24 @@ def rates(cfg, model, batches, dims):
 
         percent        values sent, in percent of D: the paper's measure
         raw_bpd        the same at 8 bits a value (the largest of each latent, one float, is not counted)
-        ideal_bpd      code length under the model, Σ log q - log p, of all that the receiver knows, given what it has by then
+        ideal_bpd      code length under the model, Σ log q - log p, of all that the receiver knows, given what it has by then;
+                       for conditional_generate at K = 1 it is -B of Eq. (A.4d), y's own bound, in bits
         psnr           dB, x̂ drawn, latents as they are
         psnr_8bit      dB, latents rounded to 8 bits, the same noise
         psnr_mean      dB, means of p(y|·) and p(x|·) instead of draws
     """
     columns, rows = ("percent", "raw_bpd", "ideal_bpd", "psnr", "psnr_8bit", "psnr_mean"), {}
-    for x in batches:
+    for i, x in enumerate(batches):
         for operation, sent in model.operations.items():
+            seed_noise(cfg.seed, i, operation)
             known, log_q = model.infer(x, sent)
             def receive(values, mean=False):
-                with inference(cfg):  # the same noise each time, and not that of `infer`
-                    y, log_p = model.decode(values, len(x), mean=mean)
+                seed_noise(cfg.seed, i)  # the same each time, and not that of `infer`
+                y, log_p = model.decode(values, len(x), mean=mean)
                 return psnr(y[model.K + 1], x), log_p
             drawn, log_p = receive(known)
-            zero, values = torch.zeros_like(drawn), sum(known[name][0].numel() for name in sent) / dims
-            row = [zero + 100 * values, zero + 8 * values, bits_per_dim(sum(log_q.values(), zero) - sum(log_p.values(), zero), dims)]
+            zero, share = torch.zeros_like(drawn), sum(known[name][0].numel() for name in sent) / dims  # zero, of shape (B,)
+            row = [zero + 100 * share, zero + 8 * share, bits_per_dim(sum(log_q.values(), zero) - sum(log_p.values(), zero), dims)]
             rounded = known | {name: eight_bits(known[name]) for name in sent if name in log_q}
             rows.setdefault(operation, []).append(torch.stack(row + [drawn, receive(rounded)[0], receive(known, mean=True)[0]]))
             if operation == "conditional_generate" and model.K and cfg.transform == "downscale":
@@ -839,7 +858,7 @@ def main(Model, argv=None):
             if not train(cfg, model, images, folder, checkpoint):
                 print(f"stopped and saved; go on with: {command_line()}{' --resume' * (not cfg.resume)}")
                 return 130
-            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]  # best.pt, not the last step
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # one that left would end the others

@@ -8,10 +8,12 @@
     python vae.py --dataset cifar10 --small          CIFAR-10 on a CPU
     python vae.py --dataset cifar10                  the paper's size, for a GPU; Table 2 reports 3.51 bits per dimension
 
-arXiv:2010.02014. Derivation, logged keys, differences from the paper: docs/vae.md. Measured results: docs/results.md.
+arXiv:2010.02014. Eq. (3.3b) is the second line without a number displayed in its section 3.3; "released" is the code of srVAE, the
+authors' predecessor of this paper, which has none. Derivation, logged keys, differences from
+the paper: docs/vae.md. All equations: docs/equations.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
-    x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the flow's base variable, N(0, 1)
+    x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the prior's noise, N(0, 1): of a flow the base variable
 """
 
 import argparse, contextlib, dataclasses, json, math, os, pickle, signal, subprocess, sys, time
@@ -39,7 +41,7 @@ def flag(default, help, **metadata):
 
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the paper's; where it is silent, those of its predecessor's released code."""
+    """The flags. Defaults are the paper's; where it is silent, the released code's."""
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder of images")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
@@ -68,7 +70,7 @@ class Config:
     mean: bool = flag(False, "figures: show the mean of p(x|z), not a draw from it")
     fid: int = flag(None, "samples for FID and Inception Score, at the end; 50000 is usual (default: neither)")
     inception_weights: str = flag(None, "Inception weights for --fid (default: downloaded to --data_dir)")
-    free = "iw_samples iw_images temperature mean"  # flags of the evaluation
+    free = "iw_samples iw_images temperature mean"  # flags of the evaluation, which --resume and --eval may change (FREE)
 
     @property
     def variant(self):
@@ -76,13 +78,13 @@ class Config:
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention ---------------------------------------------
 def conv(c_in, c_out, kernel=3, stride=1, scale=1.0, double=False):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. 2) that keeps height and width, divides them by `stride` or,
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width, divides them by `stride` or,
     transposed, doubles them. `scale` is its output's sd after data_dependent_init."""
     layer = (nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1) if double
              else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2))
     nn.init.normal_(layer.weight, std=0.05)  # v of a fixed size: PyTorch's shrinks with fan-in, and Adamax then turns w too far
     layer.initial_scale = scale
-    return weight_norm(layer, dim=int(double))
+    return weight_norm(layer, dim=int(double))  # one g for each output channel: dim 1 of a transposed weight
 
 @torch.no_grad()
 def data_dependent_init(model, forward):
@@ -110,14 +112,14 @@ class ChannelAttention(nn.Module):
     """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018). (B, C, H, W) -> same."""
     def __init__(self, channels):
         super().__init__()
-        hidden = max(1, channels // 8)
+        hidden = max(1, channels // 8)  # as released
         self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True), conv(hidden, channels, 1), nn.Sigmoid())
 
     def forward(self, h):
         return h * self.gate(h.mean((2, 3), keepdim=True))
 
 class DenseBlock(nn.Module):
-    """`steps` dense steps (Huang et al. 2016), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
+    """`steps` dense steps (Huang et al. 2016; bottleneck 4·growth), then channel attention: (B, C, H, W) -> (B, C + steps·growth, H, W)."""
     def __init__(self, channels, growth, steps):
         super().__init__()
         self.channels = channels + steps * growth
@@ -134,7 +136,7 @@ class DenseBlock(nn.Module):
             h = torch.cat([h.to(new.dtype), new], 1)  # else one fp32 image would make all features after it fp32
         return self.attention(h)
 
-# ---- Networks: `growth` is that of the 8x8 block, and halves with each doubling of the side --------------------------
+# ---- Networks: an Encoder's or Decoder's `growth` is that of its 8x8 block, and halves with each doubling of the side ----
 LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
 
 def halvings(size):
@@ -157,10 +159,13 @@ class Encoder(nn.Sequential):
         super().__init__(*layers, conv(channels, c_out, 1, scale=scale))
 
 class Decoder(nn.Sequential):
-    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size)."""
+    """Dense blocks, transposed convs that halve the channels after them: (B, 16, 8, 8) -> (B, c_out, size, size).
+
+    There is no block at full size, as released.
+    """
     def __init__(self, size, growth, steps, c_out, scale=0.1):
         layers, channels = [], LATENT[0]
-        for times in range(halvings(size) or 1):  # doublings done
+        for times in range(halvings(size) or 1):  # doublings done; at size 8 one block, and none
             layers.append(DenseBlock(channels, max(1, growth >> times), steps))
             channels = layers[-1].channels
             if size > 8:
@@ -169,7 +174,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers, conv(channels, c_out, scale=scale))
 
 def gaussian(params):
-    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7]."""
+    """Network output (B, 32, 8, 8), μ and log σ², -> N(μ, σ²) over (16, 8, 8), log σ² clamped to [-7, 7], as released."""
     mean, log_var = params.float().chunk(2, 1)
     return Independent(Normal(mean, torch.exp(0.5 * F.hardtanh(log_var, -7, 7)), validate_args=False), 3, validate_args=False)
 
@@ -199,10 +204,10 @@ class MoGPrior(nn.Module):
 
 # Copied from realnvp.py: Coupling
 class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eq. 9): values where the mask is 1 pass, the others become z·exp(s) + t.
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)): values where the mask is 1 pass, the others become z·exp(s) + t.
 
-    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (Eq. 6), and the inverse can compute them
-    again. s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
+    s and t see only what passes, so the Jacobian is triangular and log |det| = Σ s (their Eq. (6)), and the inverse can compute
+    them again (Eqs. (7), (8)). s is a learned scale times tanh, hence bounded. z (B, C, H, W) -> same, log |det| (B,); net: C channels -> 2C.
     """
     def __init__(self, mask, channels, net):
         super().__init__()
@@ -215,18 +220,18 @@ class Coupling(nn.Module):
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        s, t = self.s_t(z)
+        s, t = self.s_t(z)  # 0 where the mask is 1
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
-    def inverse(self, z):
-        s, t = self.s_t(z)
-        return (z - t) * torch.exp(-s)
+    def inverse(self, v):
+        s, t = self.s_t(v)  # those of z: what passed is the same in both
+        return (v - t) * torch.exp(-s)
 
 # Copied from realnvp.py: Couplings
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted, so that every value is moved (Dinh et al., section 3.5).
 
-    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (Eq. 11).
+    z (B, C, H, W) -> same, log |det| (B,) in nats: determinants multiply, their logarithms add (their Eqs. (10), (11)).
     """
     def __init__(self, mask, count, channels, net):
         super().__init__(Coupling((mask + i) % 2, channels, net()) for i in range(count))  # odd i: the mask inverted
@@ -238,24 +243,25 @@ class Couplings(nn.ModuleList):
             log_det = log_det + log_det_i
         return z, log_det
 
-    def inverse(self, z):
+    def inverse(self, v):  # (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (Eq. (12))
         for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
+            v = coupling.inverse(v)
+        return v
 
 # Copied from realnvp.py: Flow
 class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6): z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats.
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    A scale is 3 checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of
-    the values are then done, and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard
-    couplings. What is done goes back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
+    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
+    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
+    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()
         last = scales == 1
         board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (their Figure 3, left)
-        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (same, right)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on red and the upper row of green (right)
         self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
         self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)
@@ -266,7 +272,7 @@ class Flow(nn.Module):
             return z, log_det
         z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
         a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square, (B, C, side/2, side/2)
-        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
+        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done; the diagonal goes on, as released
         a, d = rest.chunk(2, 1)
         v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
         return v, log_det + log_det_squeezed + log_det_rest
@@ -280,13 +286,16 @@ class Flow(nn.Module):
         return self.fine.inverse(F.pixel_shuffle(z, 2))
 
 class RealNVPPrior(NormalPrior):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP of two scales (section 2.2): z is (16, 8, 8), then half of it, (32, 4, 4)."""
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+
+    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then half of it, (32, 4, 4).
+    """
     def __init__(self, growth, steps):
         super().__init__()
         def net(channels, side):
             block = DenseBlock(channels, growth, steps)
             return nn.Sequential(block, conv(block.channels, 2 * channels, scale=0.0))  # s = t = 0 at first: v = z
-        self.flow = Flow(*LATENT[:2], 2, net)
+        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, net=net)
 
     def log_prob(self, z):
         v, log_det = self.flow(z.float())
@@ -296,10 +305,10 @@ class RealNVPPrior(NormalPrior):
         return self.flow.inverse(v)
 
 # ---- The model -------------------------------------------------------------------------------------------------------
-WIDTHS = {  # (growth, steps) of the dense blocks in q_z, p_x and the flow
-    "32": ((64, 8), (128, 6), (64, 5)),  # released
-    "64": ((64, 6), (128, 5), (64, 5)),  # ours, within the 32-42 M parameters of the paper's models
-    "small": ((32, 2), (32, 2), (16, 2)),
+WIDTHS = {  # (growth, steps) of the dense blocks
+    "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # released
+    "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),  # ours, within the 32-42 M parameters of the paper's models
+    "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(16, 2)),
 }
 
 class VAE(nn.Module):
@@ -307,11 +316,11 @@ class VAE(nn.Module):
     def __init__(self, cfg, image_shape):
         super().__init__()
         channels, size, _ = image_shape
-        encoder, decoder, flow = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
-        self.q_z = Encoder(channels, size, *encoder)
+        width = WIDTHS["small" if cfg.small else "32" if size <= 32 else "64"]
+        self.q_z = Encoder(channels, size, *width["q_z"])
         self.p_z = {"normal": NormalPrior, "mog": lambda: MoGPrior(cfg.mog_components),
-                    "realnvp": lambda: RealNVPPrior(*flow)}[cfg.prior]()
-        self.p_x = Decoder(size, *decoder, dmol_channels(channels))
+                    "realnvp": lambda: RealNVPPrior(*width["flow"])}[cfg.prior]()
+        self.p_x = Decoder(size, *width["p_x"], dmol_channels(channels))
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -320,22 +329,23 @@ class VAE(nn.Module):
     def terms(self, x):
         """The bound's terms: x (B, C, H, W) -> {"re_x": -log p(x|z), "kl_z": log q(z|x) - log p(z)}, z ~ q(z|x), (B,) in nats.
 
-        Both are costs, signed as in Table 2, and one-sample estimates: kl_z too, under every prior, for the flow has no
-        closed form and the three are to be compared.
+        Minus their sum stands inside the expectation of Eq. (2.2b). Both are costs, signed as in Table 2, and one-sample
+        estimates: kl_z too, under every prior, for the flow has no closed form and the three are to be compared.
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample()
         return {"re_x": -dmol_log_prob(x, self.p_x(z)), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
     def elbo(self, x):
-        """One-sample estimate of E_q[log p(x|z) - log q(z|x) + log p(z)] ≤ log p(x) (2.1): (B, C, H, W) -> (B,) in nats."""
+        """One-sample estimate of E_q[log p(x|z) - log q(z|x) + log p(z)] ≤ log p(x), Eq. (2.1a): (B, C, H, W) -> (B,) in nats."""
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
     def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x): (B, C, H, W) -> (samples, B) in nats.
 
-        x is encoded once; latents are decoded about `chunk` at a time (what fills the device): a matter of speed and memory, not of the result.
+        The weights of Burda et al. 2015, Eq. (8). x is encoded once; latents are decoded about `chunk` at a time (what fills the
+        device): a matter of speed and memory, not of the result.
         """
         chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         q_z = gaussian(self.q_z(x))
@@ -349,13 +359,13 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, temperature=1.0, mean=False):
-        """z ~ p(z), x ~ p(x|z) or the mean of p(x|z) -> (n, C, H, W), on the 256-level grid."""
+        """Eq. (3.3a): z ~ p(z), x ~ p(x|z) or the mean of p(x|z) -> (n, C, H, W), on the 256-level grid."""
         v = temperature * torch.randn(n, *LATENT, device=next(self.parameters()).device)
         return dmol_sample(self.p_x(self.p_z.from_noise(v)), mean)
 
     @torch.no_grad()
     def reconstruct(self, x, mean=False):
-        """z ~ q(z|x), x̂ ~ p(x|z) or its mean: (B, C, H, W) -> same, on the 256-level grid."""
+        """Eq. (3.3b): z ~ q(z|x), x̂ ~ p(x|z) or its mean: (B, C, H, W) -> same, on the 256-level grid."""
         return dmol_sample(self.p_x(gaussian(self.q_z(x)).rsample()), mean)
 
     @torch.no_grad()
@@ -372,7 +382,7 @@ def train(cfg, model, images, folder, checkpoint):
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world * cfg.accumulate)
     valid = Batches(images.valid, cfg.batch_size, cfg.device)
     total, dims = cfg.steps or cfg.epochs * data.per_epoch, math.prod(images.shape)
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-7)  # as released
     if not checkpoint:
         model.initialize(data.batch(0))
     state, rows = restore(cfg, folder, checkpoint, model, optimizer), []
@@ -415,7 +425,7 @@ def train(cfg, model, images, folder, checkpoint):
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM fill the list that is yielded, so that the step is finished; a second one kills."""
     requests = []
-    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)
+    note = lambda number, frame: requests.append(number) or signal.signal(number, signal.SIG_DFL)  # (append returns None)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
@@ -540,7 +550,7 @@ def main(Model, argv=None):
             if not train(cfg, model, images, folder, checkpoint):
                 print(f"stopped and saved; go on with: {command_line()}{' --resume' * (not cfg.resume)}")
                 return 130
-            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]
+            checkpoint = open_run(dataclasses.replace(cfg, eval=True))[1]  # best.pt, not the last step
         model.load_state_dict(checkpoint["model"])
         evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # one that left would end the others

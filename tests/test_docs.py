@@ -1,0 +1,334 @@
+"""The teaching texts, held to the code: equation map, symbols, math, links, numeric examples, figures, commands, exercises."""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+from conftest import MODELS, ROOT, call, flags_for
+from exercises import definition, empty, exercises
+from test_agreements import MARK, PAGES, SOURCES, commands
+
+TEXTS = {page.name: page.read_text() for page in PAGES}
+TESTS = {(path.name, node.name) for path in (ROOT / "tests").glob("test_*.py") for node in ast.parse(path.read_text()).body
+         if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_named_in_the_docs_exists():
+    """`test_x.py: test_name` is a function at the top of tests/test_x.py; in errata.md and equations.md no mention has another form."""
+    for page, text in TEXTS.items():
+        named = re.findall(r"`(test_\w+\.py): (test_\w+)`", text)
+        assert set(named) <= TESTS, (page, set(named) - TESTS)
+        if page in ("errata.md", "equations.md", "exercises.md"):
+            assert named and len(re.findall(r"\btest_(?!docs)", text)) == 2 * len(named), page
+
+
+def test_every_definition_named_in_the_docs_exists():
+    """`file.py: name`, `file.py: Class.method`, or a constant there."""
+    for page, text in TEXTS.items():
+        for file, name in re.findall(r"`(\w+\.py): ([\w.]+)`", text):
+            if file in SOURCES:
+                assert definition(SOURCES[file], name) or re.search(rf"^{name}\b.* = ", SOURCES[file], re.M), f"{page}: {file}: {name}"
+
+
+# ---- Equations ---------------------------------------------------------------------------------------------------------
+
+PAPERS = {"vae.py": "selfVAE paper", "selfvae.py": "selfVAE paper", "dcvae.py": "DC-VAE paper", "realnvp.py": "Dinh et al. 2016"}
+SECTIONS = {"2": "selfVAE paper", "3": "DC-VAE paper", "4": "Dinh et al. 2016"}
+TAG = re.compile(r"(?:((?:[A-Z][\w-]+ )+(?:paper|et al\. \d{4}|& \w+ \d{4})|selfVAE paper|DC-VAE paper|Dinh et al\. 2016|Salimans & Kingma 2016|\w+ et al\. \d{4}), )?"
+                 r"Eqs?\. ((?:\([\w.]+\)(?:, by masks Eq\. | to |, )?)+)")
+
+
+def tags(text, paper):
+    """Equations that a text names -> {(paper, number)}; without the name of a paper they are of `paper`. "(3) to (5)" are three."""
+    found = set()
+    for source, run in TAG.findall(text):
+        numbers = re.findall(r"\(([\w.]+)\)", run)
+        for first, last in re.findall(r"\(([\w.]+)\) to \(([\w.]+)\)", run):
+            stem = first.rstrip("0123456789") if first[-1].isdigit() else first[:-1]
+            between = range(int(first[len(stem):]), int(last[len(stem):])) if first[-1].isdigit() else range(ord(first[-1]), ord(last[-1]))
+            numbers += [f"{stem}{n if first[-1].isdigit() else chr(n)}" for n in between]
+        found |= {(source or paper, number) for number in numbers}
+    return found
+
+
+def equation_map():
+    """docs/equations.md, sections 2 to 5 -> {(paper, number): ([(file, function)], [(test file, test)])}."""
+    rows = {}
+    for section in re.split(r"^## ", TEXTS["equations.md"], flags=re.M)[2:]:
+        for line in section.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            if line.startswith("|") and "Eq." in cells[0]:
+                assert len(cells) == 5, line
+                (key,) = tags(cells[0].strip(), SECTIONS.get(section[0]))
+                assert key not in rows and key[0], line
+                rows[key] = re.findall(r"`(\w+\.py): ([\w.]+)`", cells[3]), re.findall(r"`(\w+\.py): (\w+)`", cells[4])
+    return rows
+
+
+def test_tags_are_read():
+    assert tags("x (Eq. (2)), Burda et al. 2015, Eq. (8); Eqs. (3.3c) to (3.3e), (A.4a), and Eqs. (9) to (11)", "P") == {
+        ("P", "2"), ("Burda et al. 2015", "8"), *(("P", n) for n in ("3.3c", "3.3d", "3.3e", "A.4a", "9", "10", "11"))}
+    assert tags("Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9))", "P") == {("Dinh et al. 2016", n) for n in "459"}
+    assert tags("the mixture in the selfVAE paper, Eqs. (3.2c), (3.2e), and Salimans & Kingma 2016, Eq. (2)", None) == {
+        ("selfVAE paper", "3.2c"), ("selfVAE paper", "3.2e"), ("Salimans & Kingma 2016", "2")}
+
+
+def test_all_equations_are_on_the_map():
+    """The numbered ones of both papers, and the displays without a number."""
+    displays = {"2.1": 1, "2.2": 2, "3.2": 8, "3.3": 7, "3.4": 1, "A.2": 1, "A.4": 5}
+    wanted = {("selfVAE paper", f"{section}{chr(97 + i)}") for section, count in displays.items() for i in range(count)}
+    wanted |= {("selfVAE paper", n) for n in "12"} | {("DC-VAE paper", n) for n in "123456789"}
+    assert wanted <= set(equation_map())
+
+
+def test_functions_on_the_map_name_their_equations():
+    """Each function exists and carries the tag; each row but that of the prior not taken has a function and a test."""
+    for (paper, number), (functions, tests) in equation_map().items():
+        assert (functions and tests) or number == "A.2a", number
+        assert set(tests) <= TESTS
+        for file, name in functions:
+            node = definition(SOURCES[file], name)
+            assert node, f"{file}: {name}"
+            assert (paper, number) in tags("\n".join(SOURCES[file].splitlines()[node.lineno - 1:node.end_lineno]), PAPERS.get(file)), f"{file}: {name} does not name Eq. ({number})"
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_equations_named_in_the_code_are_on_the_map(file):
+    """Copies are left out: their original is looked at."""
+    lines, known = SOURCES[file].splitlines(), set(equation_map())
+    for node in ast.parse(SOURCES[file]).body:
+        mark = MARK.match(lines[min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 2])
+        if not (mark and mark[1] == "Copied"):
+            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
+            assert tags(text, PAPERS.get(file)) <= known, (file, node.lineno, tags(text, PAPERS.get(file)) - known)
+            assert len(re.findall(r"\bEqs?\. ?\d", text)) == 0, f"{file}:{node.lineno} an equation's number stands in parentheses"
+
+
+# ---- Math --------------------------------------------------------------------------------------------------------------
+
+MACROS = set("""alpha beta delta varepsilon theta lambda mu pi sigma Sigma tau varphi nabla partial log exp ln sin cos tanh max min det frac sqrt sum int prod
+    left right big underbrace lVert rVert Vert lvert rvert mid ge le lt gt approx propto to sim in cdot circ times ast infty ldots dots cdots
+    lfloor rfloor tilde hat mathrm mathtt quad qquad mathbb begin end leftarrow Rightarrow , _ | \\""".split())
+
+
+def formulas(text):
+    """A page -> its formulas, without code; a `$` that opens or closes none is an error."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "CODE", text)
+    found = re.findall(r"\$\$(.+?)\$\$", text)
+    text = re.sub(r"\$\$.+?\$\$", "DISPLAY", text)
+    for line in text.splitlines():
+        parts = line.split("$")
+        assert len(parts) % 2, f"an open $: {line}"
+        for before, inside, after in zip(parts[::2], parts[1::2], parts[2::2]):
+            assert inside and inside == inside.strip(), f"a space beside $: {line}"
+            assert not before or before[-1] in " (|[\"", f"${inside}$ follows a letter: {line}"
+            assert not after or after[0] in " ).,;:|?!\"'-]" or after.startswith("**"), f"${inside}$ is followed by {after[0]}: {line}"
+            assert not (line.startswith("|") and re.search(r"(?<!\\)\|", inside)), f"| ends a table's cell: {line}"
+            found.append(inside)
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_math_is_well_formed(page):
+    for formula in formulas(TEXTS[page]):
+        assert set(re.findall(r"\\([A-Za-z]+|.)", formula)) <= MACROS, formula
+        assert formula.count(r"\left") - formula.count(r"\leftarrow") == formula.count(r"\right"), formula
+        assert formula.count(r"\begin") == formula.count(r"\end"), formula
+        assert "<" not in formula and ">" not in formula, f"Markdown takes < for a tag: {formula}"
+        depth = 0
+        for bracket in re.findall(r"(?<!\\)[{}]", formula):
+            depth += 1 if bracket == "{" else -1
+            assert depth >= 0, formula
+        assert depth == 0, formula
+
+
+def symbols(formula):
+    """The letters and Greek macros of a formula, words and functions left out."""
+    formula = re.sub(r"\\(mathrm|mathtt|mathbb|begin|end)\s*\{[^}]*\}", " ", formula)
+    greek = set(re.findall(r"\\(alpha|beta|delta|varepsilon|theta|lambda|mu|pi|sigma|Sigma|tau|varphi)\b", formula))
+    return greek | set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", formula)))
+
+
+def test_every_symbol_is_in_the_one_table():
+    table = TEXTS["equations.md"].split("## 1. Symbols")[1].split("## 2.")[0]
+    known = set().union(*(symbols(formula) for line in table.splitlines() if line.startswith("|") for formula in re.findall(r"\$([^$]+)\$", line.split("|")[1])))
+    known |= set("deT")  # a differential, Euler's number, a transpose
+    for page, text in TEXTS.items():
+        unknown = {symbol: formula for formula in formulas(text) for symbol in symbols(formula) - known}
+        assert not unknown, (page, unknown)
+
+
+# ---- Links and figures -------------------------------------------------------------------------------------------------
+
+def anchors(text):
+    """The anchors that a Git host makes of a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text()) + re.findall(r'(?:src|href)="([^"]+)"', page.read_text())
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sections_that_are_referred_to_exist(page):
+    """`[page.md](page.md), section 3` and `sections 3 to 6`: that page has a heading with that number."""
+    for target, numbers in re.findall(r"\]\((\w+\.md)\), sections? ((?:\d+(?:, | to | and )?)+)", page.read_text()):
+        for number in re.findall(r"\d+", numbers):
+            assert re.search(rf"^## {number}\. ", TEXTS[target], re.M), f"{page.name}: {target}, section {number}"
+
+
+def test_figures_are_small_and_have_their_command():
+    """Every PNG is shown in the docs, and where it is shown stands a command that made it."""
+    shown = set()
+    for page, text in TEXTS.items():
+        for section in re.split(r"^## ", text, flags=re.M):
+            pictures = set(re.findall(r"figures/([\w.-]+\.png)", section))
+            shown |= pictures
+            if pictures and page != "README.md":
+                assert re.search(r"python [\w/]+\.py|```python|python tests/", section), f"{page}: {pictures}"
+    files = {path.name: path for path in (ROOT / "docs" / "figures").glob("*.png")}
+    assert shown == set(files)
+    for name, path in files.items():
+        assert path.stat().st_size < 300_000, name
+        assert matplotlib.image.imread(path).std() > 0.01, f"{name} is blank"
+
+
+# ---- Numeric examples --------------------------------------------------------------------------------------------------
+
+DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
+EXAMPLE = re.compile(r"^```python\n((?:(?!^```).)*)^```\n\n^```\n((?:(?!^```).)*)^```\n*", re.M | re.S)
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]\d+)?")
+
+
+def alike(printed, expected):
+    """Two texts with the same words, whose numbers differ by two units of the last digit at most: another machine may round otherwise."""
+    unit = lambda number: 10.0 ** (int(number.partition("e")[2] or 0) - len(number.partition("e")[0].partition(".")[2]))
+    pairs = list(zip(NUMBER.findall(printed), NUMBER.findall(expected)))
+    return NUMBER.sub("#", printed) == NUMBER.sub("#", expected) and all(abs(float(a) - float(b)) <= 2.01 * unit(b) * ("." in b) for a, b in pairs)
+
+
+def test_alike():
+    assert alike("S = 4  gap 0.123", "S = 4  gap 0.122") and not alike("S = 4  gap 0.129", "S = 4  gap 0.122")
+    assert not alike("S = 5  gap 0.122", "S = 4  gap 0.122") and not alike("a 1.0", "b 1.0") and not alike("1.0", "1.0 2.0")
+
+
+@pytest.mark.parametrize("page", DERIVATIONS)
+def test_numeric_example(page):
+    """The last section of a derivation is code and what it prints."""
+    (code, expected), *more = EXAMPLE.findall(TEXTS[page].split("\n## ")[-1])
+    assert not more and TEXTS[page].rstrip().endswith("```") and len(code.splitlines()) <= 20
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, page, "exec"), {})
+    assert alike(printed.getvalue(), expected), printed.getvalue()
+
+
+# ---- Commands: all parse (test_agreements), the cheap ones are run -------------------------------------------------------
+
+CHEAP = sorted({(script, *words) for script, words in commands(TEXTS["README.md"]) if script in MODELS
+                and not {*words} & {"cifar10", "imagenette", "--fid", "--accumulate"}})
+
+
+@pytest.mark.parametrize("line", CHEAP, ids=" ".join)
+def test_commands_of_the_readme_run(line, tiny_data, tmp_path, monkeypatch):
+    """Those that need no download, as printed but for their length: two steps, on tiny data."""
+    monkeypatch.setattr(f"{line[0]}.seconds_to_sample", lambda model, n: 0.0)
+    assert call(line[0], [*line[1:], *flags_for(line[0], tiny_data, tmp_path, **({"batch_size": 500} if "moons" in line else {}))]) == 0
+
+
+def test_the_cheap_ones_are_some():
+    assert {line[0] for line in CHEAP} >= {"selfvae", "realnvp"} and any("--help" in line for line in CHEAP)
+
+
+# ---- Exercises ---------------------------------------------------------------------------------------------------------
+
+def test_exercises_are_complete():
+    """Some twelve, numbered from 1, each with functions and tests that exist, an equation, a hint, something to look at, and how long it takes."""
+    page = TEXTS["exercises.md"]
+    assert list(exercises()) == list(range(1, len(exercises()) + 1)) and len(exercises()) >= 12
+    for number, (functions, tests) in exercises().items():
+        text = page.split(f"\n## Exercise {number}: ")[1].split("\n## ")[0]
+        assert functions and tests and all(f"- **{what}** " in text for what in ("Equation", "Hint", "Look at")) and re.match(r".*\(.*\)\n", text)
+        assert all(definition(SOURCES[file], name) for file, name in functions), functions
+        assert set(tests) <= TESTS, set(tests) - TESTS
+
+
+GRADE = """
+import json, os, sys, pytest
+import conftest, vae, selfvae, realnvp, dcvae, torch  # once, for what they import themselves: the trees are graded in forks
+for name in ("conftest", "exercises", "common", "vae", "selfvae", "realnvp", "dcvae"):
+    del sys.modules[name]
+sys.path = [path for path in sys.path if not path.startswith(str(conftest.ROOT))]
+class Outcomes:
+    def __init__(self):
+        self.of = {}
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.split("/")[-1].split("[")[0].replace("::", ": ")
+        if report.when == "call" or report.failed:
+            self.of.setdefault(name, set()).add(report.outcome)
+def grade(tree, nodes):
+    os.chdir(tree)
+    outcomes = Outcomes()
+    pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", *nodes], plugins=[outcomes])
+    with open("outcomes.json", "w") as file:
+        json.dump({name: sorted(of) for name, of in outcomes.of.items()}, file)
+running = []
+for tree, nodes in json.load(sys.stdin):
+    running.append(os.fork())
+    if not running[-1]:
+        torch.set_num_threads(1)
+        grade(tree, nodes)
+        os._exit(0)
+    if len(running) == 2:
+        os.waitpid(running.pop(0), 0)
+for child in running:
+    os.waitpid(child, 0)
+"""
+
+
+def test_exercises_are_graded(tmp_path):
+    """In a copy of the tree without exercises n, n + 1, … all tests of n fail; and all pass where n is there and n + 1, … are not."""
+    last, jobs = max(exercises()), []
+    for first in range(1, last + 2):
+        tree = tmp_path / str(first)
+        (tree / "docs").mkdir(parents=True)
+        for file in SOURCES:
+            shutil.copy(ROOT / file, tree)
+        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
+        for number in range(first, last + 1):
+            empty(number, tree)
+        jobs.append((str(tree), [f"tests/{file}::{test}" for n in {first - 1, first} & set(exercises()) for file, test in exercises()[n][1]]))
+    subprocess.run([sys.executable, "-c", GRADE], input=json.dumps(jobs), text=True, stdout=subprocess.DEVNULL, check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})
+    wrong = []
+    for number, (_, tests) in exercises().items():
+        without, solved = (json.loads((tmp_path / str(first) / "outcomes.json").read_text()) for first in (number, number + 1))
+        for name in map(": ".join, tests):
+            wrong += [f"{name} passes without exercise {number}"] * (without[name] != ["failed"])
+            wrong += [f"{name} needs more than exercises 1 to {number}"] * (solved[name] != ["passed"])
+    assert wrong == []
+
+
+def test_an_emptied_function_keeps_its_docstring():
+    source = 'class A:\n    def f(self):\n        """Doc."""\n        return 1\n\n    def g(self, x):\n        return x\n'
+    from exercises import emptied
+    assert emptied(source, "A.f", "m") == source.replace("return 1", "raise NotImplementedError('m')")
+    assert emptied(source, "A.g", "m") == source.replace("return x", "raise NotImplementedError('m')")
