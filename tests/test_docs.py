@@ -4,17 +4,14 @@ import ast
 import contextlib
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 from conftest import MODELS, ROOT, call, flags_for
-from exercises import definition, empty, exercises
+from exercises import definition, emptied, exercises
 from test_agreements import MARK, PAGES, SOURCES, commands
+from test_runs import cut_short
 
 TEXTS = {page.name: page.read_text() for page in PAGES}
 TESTS = {(path.name, node.name) for path in (ROOT / "tests").glob("test_*.py") for node in ast.parse(path.read_text()).body
@@ -249,7 +246,7 @@ CHEAP = sorted({(script, *words) for script, words in commands(TEXTS["README.md"
 @pytest.mark.parametrize("line", CHEAP, ids=" ".join)
 def test_commands_of_the_readme_run(line, tiny_data, tmp_path, monkeypatch):
     """Those that need no download, as printed but for their length: two steps, on tiny data."""
-    monkeypatch.setattr(f"{line[0]}.seconds_to_sample", lambda model, n: 0.0)
+    cut_short(monkeypatch)
     assert call(line[0], [*line[1:], *flags_for(line[0], tiny_data, tmp_path, **({"batch_size": 500} if "moons" in line else {}))]) == 0
 
 
@@ -270,65 +267,17 @@ def test_exercises_are_complete():
         assert set(tests) <= TESTS, set(tests) - TESTS
 
 
-GRADE = """
-import json, os, sys, pytest
-import conftest, vae, selfvae, realnvp, dcvae, torch  # once, for what they import themselves: the trees are graded in forks
-for name in ("conftest", "exercises", "common", "vae", "selfvae", "realnvp", "dcvae"):
-    del sys.modules[name]
-sys.path = [path for path in sys.path if not path.startswith(str(conftest.ROOT))]
-class Outcomes:
-    def __init__(self):
-        self.of = {}
-    def pytest_runtest_logreport(self, report):
-        name = report.nodeid.split("/")[-1].split("[")[0].replace("::", ": ")
-        if report.when == "call" or report.failed:
-            self.of.setdefault(name, set()).add(report.outcome)
-def grade(tree, nodes):
-    os.chdir(tree)
-    outcomes = Outcomes()
-    pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", *nodes], plugins=[outcomes])
-    with open("outcomes.json", "w") as file:
-        json.dump({name: sorted(of) for name, of in outcomes.of.items()}, file)
-running = []
-for tree, nodes in json.load(sys.stdin):
-    running.append(os.fork())
-    if not running[-1]:
-        torch.set_num_threads(1)
-        grade(tree, nodes)
-        os._exit(0)
-    if len(running) == 2:
-        os.waitpid(running.pop(0), 0)
-for child in running:
-    os.waitpid(child, 0)
-"""
-
-
-def test_exercises_are_graded(tmp_path):
+def test_exercises_are_graded(grades):
     """In a copy of the tree without exercises n, n + 1, … all tests of n fail; and all pass where n is there and n + 1, … are not."""
-    last, jobs = max(exercises()), []
-    for first in range(1, last + 2):
-        tree = tmp_path / str(first)
-        (tree / "docs").mkdir(parents=True)
-        for file in SOURCES:
-            shutil.copy(ROOT / file, tree)
-        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
-        for number in range(first, last + 1):
-            empty(number, tree)
-        jobs.append((str(tree), [f"tests/{file}::{test}" for n in {first - 1, first} & set(exercises()) for file, test in exercises()[n][1]]))
-    subprocess.run([sys.executable, "-c", GRADE], input=json.dumps(jobs), text=True, stdout=subprocess.DEVNULL, check=True,
-                   env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})
-    wrong = []
+    wrong, outcomes = [], json.loads(grades())
     for number, (_, tests) in exercises().items():
-        without, solved = (json.loads((tmp_path / str(first) / "outcomes.json").read_text()) for first in (number, number + 1))
         for name in map(": ".join, tests):
-            wrong += [f"{name} passes without exercise {number}"] * (without[name] != ["failed"])
-            wrong += [f"{name} needs more than exercises 1 to {number}"] * (solved[name] != ["passed"])
+            wrong += [f"{name} passes without exercise {number}"] * (outcomes[number - 1][name] != ["failed"])
+            wrong += [f"{name} needs more than exercises 1 to {number}"] * (outcomes[number][name] != ["passed"])
     assert wrong == []
 
 
 def test_an_emptied_function_keeps_its_docstring():
     source = 'class A:\n    def f(self):\n        """Doc."""\n        return 1\n\n    def g(self, x):\n        return x\n'
-    from exercises import emptied
     assert emptied(source, "A.f", "m") == source.replace("return 1", "raise NotImplementedError('m')")
     assert emptied(source, "A.g", "m") == source.replace("return x", "raise NotImplementedError('m')")
