@@ -237,7 +237,8 @@ def sample_code(mean, log_var):
 def info_nce(query, positive, negatives, temperature):
     """-log of the share that the positive has in Σ_j exp(cos(query, key_j)/τ) (Eq. (6)), and whether it is the most similar.
 
-    query (B, d); positive (B, d) and negatives (K, d), of length 1 -> nats (B,), 1 or 0 (B,). log(1 + K) by pure guessing.
+    query (B, d) of any length; positive (B, d) and negatives (K, d), each of length 1 -> nats (B,), 1 or 0 (B,). Pure guessing has
+    log(1 + K).
     """
     with torch.autocast(query.device.type, enabled=False):  # cosines in fp32: bf16 would round them to 1/256
         query = F.normalize(query.float(), dim=1)
@@ -312,13 +313,15 @@ class DCVAE(nn.Module):
     def terms(self, x, where=None, keys=None):
         """What encoder and decoder minimise, each weighted by `self.weights`: x (B, C, H, W) -> {name: (B,)}.
 
-        `where` and `keys`, for the losses with a contrast, are those of `encode_keys`.
+        --loss vae: pixel, kl; vaegan: feature, gan, kl; contrastive: contrast, kl; dcvae: contrast, gan, kl. Noise is drawn in this
+        order: that of z, then, for gan, 2B codes of samples, twice as many as reconstructions, as released. `where` and `keys`, for
+        the losses with a contrast, are those of `encode_keys`.
         """
         mean, log_var = self.encoder(x)
         z, kl = sample_code(mean, log_var), gaussian_kl(mean, log_var).sum(1)
         if self.cfg.loss == "vae":  # Eq. (1): -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
             return {"pixel": (x - self.decoder(z)).square().sum((1, 2, 3)), "kl": kl}
-        samples = 2 * len(x) if self.adversarial else 0  # twice as many as reconstructions, as released
+        samples = 2 * len(x) if self.adversarial else 0
         scores, features = self.discriminator(self.decoder(torch.cat([z, torch.randn(samples, z.shape[1], device=x.device)])), where)
         features = {name: values[:len(x)].float() for name, values in features.items()}  # of x̂
         if self.cfg.loss == "vaegan":  # Eqs. (3), (4)
@@ -333,7 +336,11 @@ class DCVAE(nn.Module):
         return {"contrast": contrast, "gan": generator_gan(self.cfg.gan, scores[:len(x)], scores[len(x):]), "kl": kl}  # Eqs. (6), (4), (8)
 
     def discriminator_terms(self, x, where=None, keys=None):
-        """What D minimises, d_gan and, where keys are given, d_contrast; beside them what shows its health: x -> {name: (B,)}."""
+        """What D minimises, d_gan and, where keys are given, d_contrast; beside them its health: x -> {name: (B,)}.
+
+        For gan: the scores real, reconstructed, sampled, and d_gan, of as many samples as reconstructions. Where keys are given:
+        d_contrast and accuracy, the two results of `contrast`. Noise: that of z, then the samples' codes.
+        """
         with torch.no_grad():  # neither encoder nor decoder learns here
             z = sample_code(*self.encoder(x))
             fakes = self.decoder(torch.cat([z, torch.randn_like(z)]) if self.adversarial else z)
@@ -418,7 +425,9 @@ class DCVAE(nn.Module):
 def train(cfg, model, images, folder, checkpoint):
     """The game of Eq. (9), or the part of it that --loss has, Eqs. (2), (5). Returns False where Ctrl-C or SIGTERM ended it early.
 
-    A step is --d_steps updates of D, each on a batch of its own, then one of encoder and decoder on the last of these batches.
+    A step is --d_steps updates of D (--loss contrastive: one; vae: none), each on a batch of its own, then one of encoder and decoder
+    on the last of these batches, D's weights being frozen. For a contrast, `encode_keys` makes the keys of that last batch before D's
+    last update, which has them too; `enqueue` takes them at the end of the step.
     """
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1

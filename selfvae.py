@@ -255,14 +255,17 @@ class Coupling(nn.Module):
         self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two of that shape."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        s, t = self.s_t(z)  # 0 where the mask is 1
+        """z -> v (B, C, H, W) and log |det ∂v/∂z| (B,)."""
+        s, t = self.s_t(z)
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
     def inverse(self, v):
+        """v -> z (B, C, H, W)."""
         s, t = self.s_t(v)  # those of z: what passed is the same in both
         return (v - t) * torch.exp(-s)
 
@@ -549,7 +552,7 @@ class SelfVAE(nn.Module):
 
         With y_k comes all that is nearer to u: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length, of
         draws from q by relative entropy coding, is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the
-        ELBO. ValueError for other names.
+        ELBO. ValueError, which names them, for other names.
         """
         y = self.representations(x)
         if unknown := {*sent} - {"u", *(f"z_{k}" for k in range(1, self.K + 1)), *(f"y_{k}" for k in y)}:

@@ -216,14 +216,17 @@ class Coupling(nn.Module):
         self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two of that shape."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         return self.scale * torch.tanh(s) * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        s, t = self.s_t(z)  # 0 where the mask is 1
+        """z -> v (B, C, H, W) and log |det ∂v/∂z| (B,)."""
+        s, t = self.s_t(z)
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
     def inverse(self, v):
+        """v -> z (B, C, H, W)."""
         s, t = self.s_t(v)  # those of z: what passed is the same in both
         return (v - t) * torch.exp(-s)
 

@@ -1,15 +1,13 @@
-"""The figures of the derivations, from the scripts' own parts: python docs/figures.py levels | mixture | tighten RUN_FOLDER | holes
+"""Draws the figures of the derivations with the scripts' own functions: python docs/figures.py levels | mixture | tighten RUN_FOLDER | holes
 
     levels     selfVAE's graph for K = 2, generation and inference                                                  a second
     mixture    a mixture of three logistics, the 256 probabilities that it gives to the levels, their logarithms     a second
     tighten    bounds of S importance samples: a linear model with known log p(x), and a trained vae.py               minutes
-    holes      MNIST with two latents: codes of all images, prior, draws, for N(0, 1) and for a flow                 minutes
+    holes      MNIST (downloaded) with two latents: codes of all images, prior, draws, for N(0, 1) and for a flow    minutes
 
-Each writes docs/figures/NAME.png, below 300 KB. "The densities that a flow warps" is the figure of `python realnvp.py --dataset moons`.
+Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is from `python realnvp.py --dataset moons`.
 """
 
-import importlib
-import math
 import sys
 from pathlib import Path
 
@@ -24,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Batches, dmol_log_prob, from_uint8, load_images, log_mean_exp  # noqa: E402 (needs the path above)
 from realnvp import Couplings, mlp  # noqa: E402
-from vae import NormalPrior, RealNVPPrior  # noqa: E402
+import vae  # noqa: E402
 
 def levels():
     """White: latents, all of 16x8x8 = 1,024 values; grey: images, computed from x in training. Dashed: d."""
@@ -87,9 +85,11 @@ def tighten(run):
     sizes = 2**torch.arange(13)  # 1 … 4096
     x = torch.randn(200, 8) * 2**0.5
     log_p = Normal(0.0, 2**0.5).log_prob(x).sum(1)
-    q = Normal(x / 2, 1.0)
-    z = q.sample((4096 * 16,))
-    log_w = (Normal(z, 1.0).log_prob(x) + Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(2)  # (S, images)
+    q, log_w = Normal(x / 2, 1.0), []
+    for _ in range(16):
+        z = q.sample((4096,))
+        log_w.append((Normal(z, 1.0).log_prob(x) + Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(2))
+    log_w = torch.cat(log_w)  # (draws, images)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     bounds = [(log_mean_exp(log_w.unflatten(0, (-1, S)), 1) - log_p).mean(1) for S in sizes.tolist()]  # of each set of draws, over images
@@ -101,8 +101,9 @@ def tighten(run):
     left.set(xscale="log", xlabel="S", ylabel="bound - log p(x), nats an image", ylim=(-1.5, 0.1), title="log p(x) known")
     left.legend(fontsize=8)
 
-    checkpoint = torch.load(Path(run, "best.pt"), weights_only=True)
-    vae = importlib.import_module(checkpoint["script"])
+    checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    if checkpoint["script"] != "vae":
+        sys.exit(f"{run} is a run of {checkpoint['script']}.py; tighten takes one of vae.py")
     cfg = vae.Config(**checkpoint["config"])
     images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
     model = vae.VAE(cfg, images.shape)
@@ -118,10 +119,10 @@ def tighten(run):
           f"{(log_mean_exp(log_w.view(8, 512, 8), 1).mean(0) - log_w.mean(0)).mean():.1f}; of 4096: {(log_mean_exp(log_w) - log_w.mean(0)).mean():.1f}")
     figure.savefig(FOLDER / "tighten.png", dpi=90)
 
-class PlaneFlow(RealNVPPrior):
+class PlaneFlow(vae.RealNVPPrior):
     """The prior of vae.py with the flow that realnvp.py has for points: z (B, 2, 1, 1)."""
     def __init__(self):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # and not that of RealNVPPrior, whose flow is of images
         self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, mlp)
 
 class TwoLatents(nn.Module):
@@ -148,7 +149,7 @@ def holes(data_dir="data", epochs=20):
     images = load_images("mnist", data_dir)
     labels, figure = torch.from_numpy(images.labels["valid"].astype("int64")), Figure(figsize=(9, 6.2), layout="constrained")
     grid = figure.subplots(2, 3)
-    for row, prior in zip(grid, (NormalPrior(), PlaneFlow())):
+    for row, prior in zip(grid, (vae.NormalPrior(), PlaneFlow())):
         torch.manual_seed(0)
         model, data = TwoLatents(prior), Batches(images.train, 500, "cpu")
         optimizer = torch.optim.Adam(model.parameters())
@@ -162,13 +163,13 @@ def holes(data_dir="data", epochs=20):
         with torch.no_grad():
             x = (next(iter(Batches(images.valid, len(images.valid), "cpu"))) + 1) / 2
             re, kl = (term.mean().item() for term in model.terms(x))
-            name = "N(0, 1)" if type(prior) is NormalPrior else "flow"
+            name = "N(0, 1)" if type(prior) is vae.NormalPrior else "flow"
             print(f"{name}: validation, nats an image: re {re:.1f} + kl {kl:.2f} = {re + kl:.1f}")
             posterior = model.posterior(x)
             z = posterior.sample()
             q_z = torch.cat([log_mean_exp(posterior.log_prob(some.unsqueeze(1)), 1) for some in z[:2000].split(100)])  # log q(z), (2000,)
             waste = (q_z - prior.log_prob(z[:2000])).mean().item()
-            (left, low), (right, high) = z.flatten(1).quantile(torch.tensor([[0.003], [0.997]]).flatten(), 0).tolist()
+            (left, low), (right, high) = z.flatten(1).quantile(torch.tensor([0.003, 0.997]), 0).tolist()
             axes = torch.linspace(left, right, 160), torch.linspace(low, high, 160)
             log_p = prior.log_prob(torch.cartesian_prod(*axes).view(-1, 2, 1, 1)).view(160, 160).T
             draws = torch.sigmoid(model.p_x(prior.from_noise(torch.randn(64, 2, 1, 1))))
@@ -182,4 +183,7 @@ def holes(data_dir="data", epochs=20):
     figure.savefig(FOLDER / "holes.png", dpi=80)
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (levels, mixture, tighten, holes)}[sys.argv[1]](*sys.argv[2:])
+    figures = {f.__name__: f for f in (levels, mixture, tighten, holes)}
+    if not set(sys.argv[1:2]) & set(figures) or len(sys.argv) != 2 + (sys.argv[1] == "tighten"):
+        sys.exit(__doc__)
+    figures[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,7 @@
-"""The exercises of docs/exercises.md: `python tests/exercises.py 3` empties the functions of exercise 3 in this tree, for you to write.
+"""The exercises of docs/exercises.md. For whoever solves them:
+
+    python tests/exercises.py 3               empties the functions of exercise 3 in this tree, for you to write
+    python tests/exercises.py 3 --solution    puts ours back, from the last commit, and nothing else
 
 `python tests/exercises.py grade` is for tests/test_docs.py.
 """
@@ -9,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -35,26 +39,65 @@ def definition(source, name):
     return node
 
 
+def lines_of(source, name):
+    """The source lines of that definition."""
+    node = definition(source, name)
+    return source.splitlines()[node.lineno - 1:node.end_lineno]
+
+
+def replaced(source, name, lines):
+    """The source with other lines for that definition."""
+    node, old = definition(source, name), source.splitlines()
+    return "\n".join([*old[:node.lineno - 1], *lines, *old[node.end_lineno:], ""])
+
+
 def emptied(source, name, message):
     """The source with everything but the docstring of the function `name` replaced by a NotImplementedError."""
-    node, lines = definition(source, name), source.splitlines()
+    node, lines = definition(source, name), lines_of(source, name)
     first = node.body[0]
-    kept = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
-    return "\n".join([*lines[:kept], " " * first.col_offset + f"raise NotImplementedError({message!r})", *lines[node.end_lineno:], ""])
+    kept = (first.end_lineno if ast.get_docstring(node) else first.lineno - 1) - node.lineno + 1
+    return replaced(source, name, [*lines[:kept], " " * first.col_offset + f"raise NotImplementedError({message!r})"])
 
 
-def empty(number, root=ROOT):
-    """Empty the functions of one exercise in the tree `root` -> the names of the files that changed."""
-    functions, _ = exercises()[number]
+def empty(functions, root, number):
+    """Empty [(file, function)] of an exercise in the tree `root`."""
     for file, name in functions:
         path = root / file
         path.write_text(emptied(path.read_text(), name, f"exercise {number}: {name}"))
-    return sorted({file for file, _ in functions})
+
+
+def main(words):
+    """Empty exercises, or put their solutions back -> the exit code: 2, and nothing changed, where that would lose what somebody wrote."""
+    numbers, solution = [int(word) for word in words if word.isdigit()], "--solution" in words
+    if not numbers or not set(numbers) <= set(exercises()):
+        print(__doc__, file=sys.stderr)
+        return 2
+    for number in numbers:
+        for file, name in exercises()[number][0]:
+            path = ROOT / file
+            source = path.read_text()
+            ours = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True).stdout
+            if not ours or not solution and lines_of(source, name) not in (lines_of(ours, name), lines_of(emptied(ours, name, f"exercise {number}: {name}"), name)):
+                print(f"{file}: {name} is not that of the last commit: commit yours first, or it would be lost", file=sys.stderr)
+                return 2
+            path.write_text(replaced(source, name, lines_of(ours, name)) if solution else emptied(source, name, f"exercise {number}: {name}"))
+            print(f"exercise {number}: {file}: {name} is {'ours again' if solution else 'yours to write'}")
+    return 0
+
+
+def trees():
+    """What test_docs.py looks at: [([(number, [(file, function)])] emptied, exercises whose tests run)].
+
+    Without exercises n, n + 1, …, the tests of n - 1 and n; and each function of an exercise that has several alone, its own tests.
+    """
+    all_of = exercises()
+    cases = [([(later, all_of[later][0]) for later in all_of if later > n], [n, n + 1]) for n in range(len(all_of) + 1)]
+    return cases + [([(n, [function])], [n]) for n, (functions, _) in all_of.items() if len(functions) > 1 for function in functions]
 
 
 def grade():
-    """Print a list as JSON: for n = 0, 1, …, outcomes {test: [outcome]} of the tests of exercises n and n + 1 in a copy of the tree without
-    exercises n + 1, n + 2, … Copies are graded in forks, two at a time, of a process that has imported what takes long."""
+    """Print as JSON, for each of `trees()`, {test: outcomes of its parametrisations}: what `-k "exercise_3 or exercise_4"` says in a copy of
+    the tree. Copies are graded in forks, two at a time, of a process that has imported what takes long."""
     import pytest
     sys.path.insert(0, str(ROOT))
     import dcvae, realnvp, selfvae, vae  # noqa: E401, F401 (for what they import)
@@ -63,7 +106,6 @@ def grade():
     sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]
 
     class Outcomes:
-        """{test: outcomes of its parametrisations}, of a pytest session."""
         def __init__(self):
             self.of = {}
 
@@ -71,20 +113,20 @@ def grade():
             if report.when == "call" or report.failed:
                 self.of.setdefault(report.nodeid.split("/")[-1].split("[")[0].replace("::", ": "), set()).add(report.outcome)
 
-    def graded(tree, number):
-        """In a fork: empty what comes after exercise `number` in the copy `tree`, and run the tests of it and of the next."""
-        for later in range(number + 1, len(exercises()) + 1):
-            empty(later, tree)
+    def graded(tree, without, numbers):
+        """In a fork: empty, run, write down."""
+        for number, functions in without:
+            empty(functions, tree, number)
         os.chdir(tree)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        nodes = [f"tests/{file}::{test}" for n in (number, number + 1) if n in exercises() for file, test in exercises()[n][1]]
-        outcomes = Outcomes()
-        pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", *nodes], plugins=[outcomes])
+        numbers, outcomes = [n for n in numbers if n in exercises()], Outcomes()
+        files = sorted({f"tests/{file}" for n in numbers for file, _ in exercises()[n][1]})
+        pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", "-k", " or ".join(f"exercise_{n}" for n in numbers), *files], plugins=[outcomes])
         (tree / "outcomes.json").write_text(json.dumps({name: sorted(of) for name, of in outcomes.of.items()}))
 
     with tempfile.TemporaryDirectory() as folder:
-        trees, running = [Path(folder, str(number)) for number in range(len(exercises()) + 1)], []
-        for number, tree in enumerate(trees):
+        copies, running = [Path(folder, str(i)) for i in range(len(trees()))], []
+        for tree, (without, numbers) in zip(copies, trees()):
             (tree / "docs").mkdir(parents=True)
             shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
             shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -93,20 +135,15 @@ def grade():
             running.append(os.fork())
             if not running[-1]:
                 try:
-                    graded(tree, number)
+                    graded(tree, without, numbers)
                 finally:
                     os._exit(0)
             if len(running) == 2:
                 os.waitpid(running.pop(0), 0)
         for child in running:
             os.waitpid(child, 0)
-        print(json.dumps([json.loads((tree / "outcomes.json").read_text()) for tree in trees]))
+        print(json.dumps([json.loads((tree / "outcomes.json").read_text()) for tree in copies]))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["grade"]:
-        grade()
-    else:
-        for number in map(int, sys.argv[1:]):
-            names, files = [f"{file}: {name}" for file, name in exercises()[number][0]], empty(number)
-            print(f"exercise {number}, to write: {', '.join(names)}; our solution comes back with git checkout {' '.join(files)}")
+    sys.exit(grade() if sys.argv[1:] == ["grade"] else main(sys.argv[1:]))

@@ -982,8 +982,8 @@ def random_covariance(n, rank=None):
 def test_frechet_distance_of_closed_cases():
     """Equal covariances: the squared distance of the means. Diagonal: Σ (σ₁ - σ₂)². In one dimension (μ₁ - μ₂)² + (σ₁ - σ₂)²."""
     torch.manual_seed(0)
-    mean1, mean2, cov = torch.randn(30), torch.randn(30), random_covariance(30)
-    assert common.frechet_distance(mean1, cov, mean2, cov) == pytest.approx((mean1 - mean2).double().square().sum().item(), rel=1e-9)
+    mean1, mean2, cov = torch.randn(30).double(), torch.randn(30).double(), random_covariance(30)
+    assert common.frechet_distance(mean1, cov, mean2, cov) == pytest.approx((mean1 - mean2).square().sum().item(), rel=1e-9)
     assert common.frechet_distance(mean1, cov, mean1, cov) == pytest.approx(0, abs=1e-9)
     sd1, sd2 = torch.rand(30).double(), torch.rand(30).double()
     assert common.frechet_distance(mean1, sd1.diag()**2, mean1, sd2.diag()**2) == pytest.approx((sd1 - sd2).square().sum().item(), rel=1e-9)

@@ -5,15 +5,19 @@ import contextlib
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import matplotlib.image
 import pytest
 from conftest import MODELS, ROOT, call, flags_for
-from exercises import definition, emptied, exercises
+from exercises import definition, emptied, exercises, trees
 from test_agreements import MARK, PAGES, SOURCES, commands
 from test_runs import cut_short
 
 TEXTS = {page.name: page.read_text() for page in PAGES}
+DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
 TESTS = {(path.name, node.name) for path in (ROOT / "tests").glob("test_*.py") for node in ast.parse(path.read_text()).body
          if isinstance(node, ast.FunctionDef)}
 
@@ -27,12 +31,17 @@ def test_every_test_named_in_the_docs_exists():
             assert named and len(re.findall(r"\btest_(?!docs)", text)) == 2 * len(named), page
 
 
+RELEASED = {"loss.py", "distributions.py", "srvae.py", "nn_layers.py", "train.py", "main.py", "plotting.py", "misc.py"}  # files of the papers' codes
+
+
 def test_every_definition_named_in_the_docs_exists():
-    """`file.py: name`, `file.py: Class.method`, or a constant there."""
+    """`file.py: name`, `file.py: Class.method`, or a constant there. Files that are none of ours are those of the released codes, on the page of errata."""
     for page, text in TEXTS.items():
-        for file, name in re.findall(r"`(\w+\.py): ([\w.]+)`", text):
-            if file in SOURCES:
-                assert definition(SOURCES[file], name) or re.search(rf"^{name}\b.* = ", SOURCES[file], re.M), f"{page}: {file}: {name}"
+        for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", text):
+            file = f"tests/{file}" if file.startswith("test_") else file
+            if not (page == "errata.md" and file in RELEASED):
+                source = (ROOT / file).read_text()
+                assert definition(source, name) or re.search(rf"^{name}\b.* = ", source, re.M), f"{page}: {file}: {name}"
 
 
 # ---- Equations ---------------------------------------------------------------------------------------------------------
@@ -40,7 +49,7 @@ def test_every_definition_named_in_the_docs_exists():
 PAPERS = {"vae.py": "selfVAE paper", "selfvae.py": "selfVAE paper", "dcvae.py": "DC-VAE paper", "realnvp.py": "Dinh et al. 2016"}
 SECTIONS = {"2": "selfVAE paper", "3": "DC-VAE paper", "4": "Dinh et al. 2016"}
 TAG = re.compile(r"(?:((?:[A-Z][\w-]+ )+(?:paper|et al\. \d{4}|& \w+ \d{4})|selfVAE paper|DC-VAE paper|Dinh et al\. 2016|Salimans & Kingma 2016|\w+ et al\. \d{4}), )?"
-                 r"Eqs?\. ((?:\([\w.]+\)(?:, by masks Eq\. | to |, )?)+)")
+                 r"Eqs?\. ((?:\([\w.]+\)(?:, by masks Eq\. | to | and |, )?)+)")
 
 
 def tags(text, paper):
@@ -97,16 +106,35 @@ def test_functions_on_the_map_name_their_equations():
             assert (paper, number) in tags("\n".join(SOURCES[file].splitlines()[node.lineno - 1:node.end_lineno]), PAPERS.get(file)), f"{file}: {name} does not name Eq. ({number})"
 
 
+def blocks(file):
+    """[(name, text)] of a file: its functions and methods, copies left out (their original is looked at), and "" for what is between them."""
+    lines, found, taken = SOURCES[file].splitlines(), [], set()
+    for node in ast.parse(SOURCES[file]).body:
+        first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
+        mark = MARK.match(lines[first - 2])
+        if mark and mark[1] == "Copied":
+            taken |= set(range(first, node.end_lineno + 1))
+            continue
+        inner = [(f"{node.name}.{item.name}", item) for item in node.body if isinstance(item, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+        for name, item in inner + ([(node.name, node)] if isinstance(node, ast.FunctionDef) else []):
+            found.append((name, "\n".join(lines[item.lineno - 1:item.end_lineno])))
+            taken |= set(range(item.lineno, item.end_lineno + 1))
+        if isinstance(node, ast.ClassDef) and node.name != "Config":
+            rest = [i for i in range(node.lineno, node.end_lineno + 1) if i not in taken]
+            found.append((node.name, "\n".join(lines[i - 1] for i in rest)))
+            taken |= set(rest)
+    return found + [("", "\n".join(line for i, line in enumerate(lines, 1) if i not in taken))]
+
+
 @pytest.mark.parametrize("file", SOURCES)
 def test_equations_named_in_the_code_are_on_the_map(file):
-    """Copies are left out: their original is looked at."""
-    lines, known = SOURCES[file].splitlines(), set(equation_map())
-    for node in ast.parse(SOURCES[file]).body:
-        mark = MARK.match(lines[min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 2])
-        if not (mark and mark[1] == "Copied"):
-            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
-            assert tags(text, PAPERS.get(file)) <= known, (file, node.lineno, tags(text, PAPERS.get(file)) - known)
-            assert len(re.findall(r"\bEqs?\. ?\d", text)) == 0, f"{file}:{node.lineno} an equation's number stands in parentheses"
+    """And a function that names an equation, other than in a NOTE(paper), stands in its row, or its class does."""
+    known = equation_map()
+    for name, text in blocks(file):
+        assert not re.search(r"\bEqs?\. ?\d", text), f"{file}: {name}: an equation's number stands in parentheses"
+        assert tags(text, PAPERS.get(file)) <= set(known), (file, name, tags(text, PAPERS.get(file)) - set(known))
+        for key in tags(re.sub(r"NOTE\(paper\).*(\n +# .*)?", "", text), PAPERS.get(file)) if name else ():
+            assert (file, name) in known[key][0] or (file, name.split(".")[0]) in known[key][0], f"{file}: {name} names Eq. {key}, whose row does not name it"
 
 
 # ---- Math --------------------------------------------------------------------------------------------------------------
@@ -157,12 +185,19 @@ def symbols(formula):
 
 
 def test_every_symbol_is_in_the_one_table():
-    table = TEXTS["equations.md"].split("## 1. Symbols")[1].split("## 2.")[0]
-    known = set().union(*(symbols(formula) for line in table.splitlines() if line.startswith("|") for formula in re.findall(r"\$([^$]+)\$", line.split("|")[1])))
-    known |= set("deT")  # a differential, Euler's number, a transpose
+    """Each letter of a formula on a derivation's page stands in a row for that page; on the other pages in any row."""
+    rows = [re.split(r" *\| *", line)[1:-1] for line in TEXTS["equations.md"].split("## 1. Symbols")[1].split("## 2.")[0].splitlines() if line.startswith("| $")]
+    pages = {page.removesuffix(".md") for page in TEXTS}
+    assert all(len(row) == 5 and set(re.split("[,;] ", row[3])) <= pages | {"all"} for row in rows)
     for page, text in TEXTS.items():
+        mine = [row for row in rows if page not in DERIVATIONS or {"all", page.removesuffix(".md")} & set(re.split("[,;] ", row[3]))]
+        known = set("deT").union(*(symbols(formula) for row in mine for formula in re.findall(r"\$([^$]+)\$", row[0])))  # d a differential, e Euler's number, T a transpose
         unknown = {symbol: formula for formula in formulas(text) for symbol in symbols(formula) - known}
         assert not unknown, (page, unknown)
+    for row in rows:  # and no row is of a page that does not need it
+        for page in set(re.split("[,;] ", row[3])) - {"all"}:
+            used = set().union(*map(symbols, formulas(TEXTS[f"{page}.md"]))) | set(re.findall(r"(?<![\w*])[A-Za-z](?!\w)", TEXTS[f"{page}.md"]))
+            assert set().union(*map(symbols, re.findall(r"\$([^$]+)\$", row[0]))) & used, (page, row[0])
 
 
 # ---- Links and figures -------------------------------------------------------------------------------------------------
@@ -184,12 +219,22 @@ def test_links_resolve(page):
         assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS)
 def test_sections_that_are_referred_to_exist(page):
-    """`[page.md](page.md), section 3` and `sections 3 to 6`: that page has a heading with that number."""
-    for target, numbers in re.findall(r"\]\((\w+\.md)\), sections? ((?:\d+(?:, | to | and )?)+)", page.read_text()):
+    """`[page.md](page.md), section 3` and `sections 3 to 6`: that page has a heading with that number, and so this one, for `(section 3)`."""
+    found = re.findall(r"\]\((?:docs/)?(\w+\.md)\), sections? ((?:\d+(?!\.\d)(?:, | to | and )?)+)", TEXTS[page])
+    found += [(page, number) for number in re.findall(r"\(section (\d+)\)", TEXTS[page])]
+    for target, numbers in found:
         for number in re.findall(r"\d+", numbers):
-            assert re.search(rf"^## {number}\. ", TEXTS[target], re.M), f"{page.name}: {target}, section {number}"
+            assert re.search(rf"^## {number}\. ", TEXTS[target], re.M), f"{page}: {target}, section {number}"
+
+
+def made_by(picture, section):
+    """Whether a section has the command that made a picture: `script-what-….png` a run of that script on `what`; others by their own name."""
+    script, what, *_ = [*picture.removesuffix(".png").split("-"), ""]
+    if script in MODELS:
+        return any(name == script and (what in words or what in ("shapes", "imagenette")) for name, words in commands(section)) or "tests/compare.py" in section
+    return bool(re.search(rf"python (docs/figures|tests/benchmark)\.py {script}\b|```python(?:(?!```).)*{script}\.png", section, re.S))
 
 
 def test_figures_are_small_and_have_their_command():
@@ -199,8 +244,8 @@ def test_figures_are_small_and_have_their_command():
         for section in re.split(r"^## ", text, flags=re.M):
             pictures = set(re.findall(r"figures/([\w.-]+\.png)", section))
             shown |= pictures
-            if pictures and page != "README.md":
-                assert re.search(r"python [\w/]+\.py|```python|python tests/", section), f"{page}: {pictures}"
+            missing = [picture for picture in pictures if page != "README.md" and not made_by(picture, section)]
+            assert not missing, f"{page}, {section.splitlines()[0]}: {missing}"
     files = {path.name: path for path in (ROOT / "docs" / "figures").glob("*.png")}
     assert shown == set(files)
     for name, path in files.items():
@@ -210,7 +255,6 @@ def test_figures_are_small_and_have_their_command():
 
 # ---- Numeric examples --------------------------------------------------------------------------------------------------
 
-DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
 EXAMPLE = re.compile(r"^```python\n((?:(?!^```).)*)^```\n\n^```\n((?:(?!^```).)*)^```\n*", re.M | re.S)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]\d+)?")
 
@@ -258,27 +302,56 @@ def test_the_cheap_ones_are_some():
 # ---- Exercises ---------------------------------------------------------------------------------------------------------
 
 def test_exercises_are_complete():
-    """Some twelve, numbered from 1, each with functions and tests that exist, an equation, a hint, something to look at, and how long it takes."""
+    """Some twelve, numbered from 1, each with how long it takes, functions that have docstrings, tests, an equation, a hint, something to look at."""
     page = TEXTS["exercises.md"]
     assert list(exercises()) == list(range(1, len(exercises()) + 1)) and len(exercises()) >= 12
     for number, (functions, tests) in exercises().items():
         text = page.split(f"\n## Exercise {number}: ")[1].split("\n## ")[0]
-        assert functions and tests and all(f"- **{what}** " in text for what in ("Equation", "Hint", "Look at")) and re.match(r".*\(.*\)\n", text)
-        assert all(definition(SOURCES[file], name) for file, name in functions), functions
-        assert set(tests) <= TESTS, set(tests) - TESTS
+        assert functions and tests and set(tests) <= TESTS, set(tests) - TESTS
+        assert re.match(r".* \((an hour|two hours|half a day|a day|two days|a week)\)\n", text), number
+        assert all(re.search(rf"- \*\*{what}\*\* \S.{{20}}", text) for what in ("Equation", "Hint", "Look at")), number
+        equations = re.search(r"\*\*Equation\*\* (.*)", text)[1]
+        assert tags(equations, None) <= set(equation_map()) and ("Eq" in equations or "](" in equations), number
+        assert all(ast.get_docstring(definition(SOURCES[file], name)) for file, name in functions), functions
 
 
 def test_exercises_are_graded(grades):
-    """In a copy of the tree without exercises n, n + 1, … all tests of n fail; and all pass where n is there and n + 1, … are not."""
-    wrong, outcomes = [], json.loads(grades())
-    for number, (_, tests) in exercises().items():
-        for name in map(": ".join, tests):
-            wrong += [f"{name} passes without exercise {number}"] * (outcomes[number - 1][name] != ["failed"])
-            wrong += [f"{name} needs more than exercises 1 to {number}"] * (outcomes[number][name] != ["passed"])
+    """In a copy of the tree without exercises n, n + 1, … all tests of n fail, where n is there and n + 1, … are not all pass; and if one of
+    an exercise's functions is missing, some fail. `-k exercise_n` selects these tests and no others."""
+    wrong, tests = [], {n: set(map(": ".join, tests)) for n, (_, tests) in exercises().items()}
+    for (without, numbers), outcomes in zip(trees(), json.loads(grades())):
+        emptied_here = {n: functions for n, functions in without}
+        assert set(outcomes) == set().union(*(tests.get(n, set()) for n in numbers)), numbers
+        for n in filter(tests.get, numbers):
+            if len(emptied_here) == 1 and emptied_here.get(n, exercises()[n][0]) != exercises()[n][0]:
+                if not any("failed" in outcomes[name] for name in tests[n]):
+                    wrong += [f"exercise {n} is graded right without {emptied_here[n]}"]
+            else:
+                wanted = ["failed"] if n in emptied_here else ["passed"]
+                wrong += [f"without {list(emptied_here)}, {name} of exercise {n} is {outcomes[name]}" for name in sorted(tests[n]) if outcomes[name] != wanted]
     assert wrong == []
 
 
 def test_an_emptied_function_keeps_its_docstring():
-    source = 'class A:\n    def f(self):\n        """Doc."""\n        return 1\n\n    def g(self, x):\n        return x\n'
-    assert emptied(source, "A.f", "m") == source.replace("return 1", "raise NotImplementedError('m')")
+    source = 'class A:\n    def f(self):\n        """Doc."""\n        # how\n        return 1\n\n    def g(self, x):\n        return x\n'
+    assert emptied(source, "A.f", "m") == source.replace("# how\n        return 1", "raise NotImplementedError('m')")
     assert emptied(source, "A.g", "m") == source.replace("return x", "raise NotImplementedError('m')")
+
+
+def test_exercises_are_emptied_and_put_back(tmp_path):
+    """The command line, in a repository of its own: nothing that somebody wrote is overwritten, and a solution brings back its functions alone."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "docs").mkdir()
+    for file in ("common.py", "tests/exercises.py", "docs/exercises.md"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    shell = lambda line: subprocess.run(line.replace("python", sys.executable), shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert shell("git init -q && git add . && git -c user.name=a -c user.email=a commit -qm one").returncode == 0
+    path, ours = tmp_path / "common.py", (tmp_path / "common.py").read_text()
+    assert shell("python tests/exercises.py 1 4").returncode == 0 and path.read_text().count("raise NotImplementedError") == 2
+    mine = path.read_text().replace("raise NotImplementedError('exercise 1: log_mean_exp')", "return 1")
+    path.write_text(mine)
+    refused = shell("python tests/exercises.py 1")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "log_mean_exp" in refused.stderr and path.read_text() == mine
+    assert shell("python tests/exercises.py 4 --solution").returncode == 0 and path.read_text().count("raise NotImplementedError") == 0
+    assert "return 1" in path.read_text() and shell("python tests/exercises.py 1 --solution").returncode == 0 and path.read_text() == ours
+    assert shell("python tests/exercises.py 99").returncode == 2 and shell("python tests/exercises.py").returncode == 2

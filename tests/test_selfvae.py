@@ -469,7 +469,7 @@ def test_any_mixture_can_be_sent():
     assert_images(model.decode(known, 2)[0][3], (2, 3, 32, 32))
 
 def test_to_send_what_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match="no y_3, z_2 in a model of 1 levels"):
+    with pytest.raises(ValueError, match="y_3.*z_2|z_2.*y_3"):
         make().infer(noise_images(1), ["u", "z_2", "y_3"])
 
 def test_to_send_everything_costs_the_bound():
