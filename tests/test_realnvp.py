@@ -384,8 +384,8 @@ def learned():
 def test_trained_density_integrates_to_one(learned):
     """Over [-4, 4]², where it is far from N(0, 1): its nats are 1 below those of the best Gaussian."""
     model, nats = learned
-    p = density(model, 4, 800)
-    assert p.sum().item() * (8 / 800)**2 == pytest.approx(1, abs=2e-3)
+    p = density(model, 4, 400)
+    assert p.sum().item() * (8 / 400)**2 == pytest.approx(1, abs=2e-3)
     points = torch.from_numpy(draw_points("moons", 20_000, 3))
     gaussian = 0.5 * torch.logdet(torch.cov(points.T)).item() + math.log(2 * math.pi) + 1
     assert nats < gaussian - 0.2
@@ -393,7 +393,7 @@ def test_trained_density_integrates_to_one(learned):
 def test_density_is_that_of_the_samples(learned):
     """The mass of half planes and of a square, on the grid and as a share of draws."""
     model, _ = learned
-    cells, side = 800, 4
+    cells, side = 400, 4
     p, x = density(model, side, cells) * (2 * side / cells)**2, model.sample(40_000).flatten(1)
     axis = (torch.arange(cells) + 0.5) / cells * 2 * side - side
     for inside in (lambda a, b: (a > 0.1) & (b < 9), lambda a, b: (b > 0.2) & (a < 9), lambda a, b: (a.abs() < 0.5) & (b.abs() < 0.3)):
