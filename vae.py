@@ -264,7 +264,7 @@ class Flow(nn.Module):
         super().__init__()
         last = scales == 1
         board = (torch.arange(side)[:, None] + torch.arange(side)) % 2  # (side, side): 1 where row + column is odd (their Figure 3, left)
-        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on red and the upper row of green (right)
+        half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1): 1 on the first half (right), of RGB red and upper green
         self.fine = Couplings(board, 4 if last else 3, channels, lambda: net(channels, side))
         self.squeezed = None if last else Couplings(half, 3, 4 * channels, lambda: net(4 * channels, side // 2))
         self.rest = None if last else Flow(2 * channels, side // 2, scales - 1, net)

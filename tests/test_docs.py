@@ -348,10 +348,10 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     assert shell("git init -q && git add . && git -c user.name=a -c user.email=a commit -qm one").returncode == 0
     path, ours = tmp_path / "common.py", (tmp_path / "common.py").read_text()
     assert shell("python tests/exercises.py 1 4").returncode == 0 and path.read_text().count("raise NotImplementedError") == 2
-    mine = path.read_text().replace("raise NotImplementedError('exercise 1: log_mean_exp')", "return 1")
+    mine = path.read_text().replace("raise NotImplementedError('exercise 1: log_mean_exp')", "return 'mine'")
     path.write_text(mine)
     refused = shell("python tests/exercises.py 1")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "log_mean_exp" in refused.stderr and path.read_text() == mine
     assert shell("python tests/exercises.py 4 --solution").returncode == 0 and path.read_text().count("raise NotImplementedError") == 0
-    assert "return 1" in path.read_text() and shell("python tests/exercises.py 1 --solution").returncode == 0 and path.read_text() == ours
+    assert "return 'mine'" in path.read_text() and shell("python tests/exercises.py 1 --solution").returncode == 0 and path.read_text() == ours
     assert shell("python tests/exercises.py 99").returncode == 2 and shell("python tests/exercises.py").returncode == 2
