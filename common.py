@@ -503,7 +503,10 @@ def dmol_channels(channels, mixtures=MIXTURES):
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 def _dmol_split(params, channels):
-    """(B, P, H, W) -> logits (B, M, H, W); means, log-scales (B, C, M, H, W); coefficients (B, C(C-1)/2, M, H, W). fp32."""
+    """(B, P, H, W) -> logits (B, M, H, W); means, log-scales (B, C, M, H, W); coefficients (B, C(C-1)/2, M, H, W). fp32.
+
+    As they are used: log-scales counted from -2 and clamped, coefficients through tanh, in the order (2,1), (3,1), (3,2) of (c, j).
+    """
     params = params.to(torch.promote_types(params.dtype, torch.float32))  # likelihoods are never computed in bf16
     params = params.unflatten(1, (dmol_channels(channels, 1), -1))
     weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)

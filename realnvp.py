@@ -239,7 +239,7 @@ class RealNVP(nn.Module):
     def preprocess(self, x):
         """Dequantize, then take logits (section 4.1): y = logit(α + (1 - 2α)(x + u)/256), x as levels 0 … 255, u ~ U[0, 1).
 
-        x (B, C, H, W) -> y, same shape, and log |det ∂y/∂(x + u)|, (B,) in nats. Points stay what they are.
+        x (B, C, H, W) -> y, same shape and dtype, and log |det ∂y/∂(x + u)|, (B,) in nats. Points stay what they are (zeros).
         """
         if self.plane:
             return x, x.new_zeros(len(x))

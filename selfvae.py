@@ -501,8 +501,9 @@ class SelfVAE(nn.Module):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y), joint samples from q: (B, C, H, W) -> (samples, B) in nats.
 
         The two parts are what Eqs. (A.4a), (A.4b) average. E[log w] is Eqs. (1), (A.4c) with log q(y|x) = 0, hence Eq. (2). The mean
-        of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's. x and the y_k are encoded once; latents
-        are decoded about `chunk` at a time (what fills the device), a matter of speed and memory, not of the result.
+        of w is p(x, y), not p(x): the bound that more samples tighten never counts other y's. x and the y_k are encoded once; of the
+        samples·B joint latents `chunk` at a time are decoded, or B if that is more (default: what fills the device): a matter of speed
+        and memory, not of the result.
         """
         chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         y = self.representations(x)

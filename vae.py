@@ -347,8 +347,8 @@ class VAE(nn.Module):
     def log_weights(self, x, samples, chunk=None):
         """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x): (B, C, H, W) -> (samples, B) in nats.
 
-        The weights of Burda et al. 2015, Eq. (8). x is encoded once; latents are decoded about `chunk` at a time (what fills the
-        device): a matter of speed and memory, not of the result.
+        The weights of Burda et al. 2015, Eq. (8). x is encoded once; of the samples·B latents `chunk` at a time are decoded,
+        or B if that is more (default: what fills the device): a matter of speed and memory, not of the result.
         """
         chunk = chunk or max(1, (16 if x.device.type == "cpu" else 512) * 3072 // x[0].numel())  # 3072 values: an image of 32x32
         q_z = gaussian(self.q_z(x))

@@ -279,6 +279,8 @@ def test_log_mean_exp():
     for far in (1e4, -1e4):
         assert torch.allclose(common.log_mean_exp(w + far) - far, common.log_mean_exp(w), atol=1e-9)
     assert common.log_mean_exp(torch.tensor([1e4, -1e4])).item() == pytest.approx(1e4 - math.log(2))
+    two_images = torch.tensor([[-100.0, -7000.0], [-101.0, -7001.0]])
+    assert common.log_mean_exp(two_images).tolist() == pytest.approx([-100.3799, -7000.3799], abs=1e-3)
 
 def test_psnr():
     """Peak 2. Error 0.2 everywhere: 10 log10(4 / 0.04) = 20 dB; error 2 in one pixel of four: 10 log10(4) dB; none: infinite."""

@@ -68,12 +68,14 @@ def test_masks_of_every_scale():
             assert mask.shape == (shape[0], 1, 1) and mask.flatten().tolist() == [1] * (shape[0] // 2) + [0] * (shape[0] // 2)
 
 def test_every_layer_has_the_jacobians_log_det():
-    """All 16 couplings of three scales, both masks, both parities: log |det| of the autograd Jacobian; what passes is untouched."""
+    """All 16 couplings of three scales, both masks, both parities: log |det| of the autograd Jacobian, which s learns by; what passes is untouched."""
     for coupling, z in layers(narrow_flow(1, 8, 3), torch.randn(1, 1, 8, 8, dtype=torch.float64)):
         out, log_det = coupling(z)
         J = jacobian(lambda z: coupling(z)[0], z).reshape(z.numel(), z.numel())
         assert log_det.abs() > 1e-3
         torch.testing.assert_close(log_det[0], torch.linalg.slogdet(J)[1])
+        gradient, = torch.autograd.grad(log_det.sum(), coupling.scale)
+        torch.testing.assert_close(gradient.flatten() @ coupling.scale.flatten(), log_det[0])  # s = scale·tanh(·)
         passes = coupling.mask.bool().expand(z.shape[1:])
         assert torch.equal(out[0, passes], z[0, passes]) and (out != z)[0, ~passes].all()
 

@@ -212,7 +212,7 @@ class ExactPosterior(torch.nn.Module):
 
     def forward(self, x):
         zeros = torch.zeros(len(x), 15, 8, 8)
-        log_var = torch.full_like(x, math.log(TAU**2 / (A**2 + TAU**2)) + self.wrong)
+        log_var = torch.zeros_like(x) + math.log(TAU**2 / (A**2 + TAU**2)) + self.wrong
         return torch.cat([x * A / (A**2 + TAU**2), zeros, log_var, zeros], 1)
 
 class Linear(torch.nn.Module):
@@ -237,9 +237,12 @@ def test_elbo_loses_the_kl_to_the_posterior(monkeypatch):
     model, x, log_p = linear_gaussian(monkeypatch, wrong=0.3)
     kl = kl_divergence(gaussian(model.q_z(x)), gaussian(ExactPosterior()(x)))
     torch.testing.assert_close(kl, torch.full((3,), 64 * (math.exp(0.3) - 1.3) / 2))
+    model.q_z.wrong = torch.tensor(0.3, requires_grad=True)
     elbo = model.elbo(x.repeat(500, 1, 1, 1)).view(500, 3)
     torch.testing.assert_close(elbo.mean(0), log_p - kl, atol=0.4, rtol=0)  # sd of log w: 1.9, so 0.09 for the mean
     assert list(model.terms(x)) == ["re_x", "kl_z"] and elbo.std(0).min() > 1
+    gradient, = torch.autograd.grad(elbo.mean(), model.q_z.wrong)  # through both terms and the draw of z: of -KL, -64·(e^0.3 - 1)/2
+    assert gradient.item() == pytest.approx(-32 * (math.exp(0.3) - 1), abs=1)
 
 def test_with_the_exact_posterior_every_weight_is_p_of_x(monkeypatch):
     """q(z|x) = p(z|x): log w = log p(x) whatever z is drawn."""
@@ -272,8 +275,12 @@ def test_log_weights_do_not_depend_on_chunk(prior):
     model, x = make(prior), noise_images(2)
     whole = seeded(model.log_weights, x, 7, chunk=1000)
     assert whole.shape == (7, 2) and whole.std(0).min() > 1e-2
+    sizes = []
+    model.p_x.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     for chunk in (1, 3, 4):
         torch.testing.assert_close(seeded(model.log_weights, x, 7, chunk=chunk), whole, atol=1e-2, rtol=1e-5)
+        assert max(sizes) <= max(chunk, 2), "latents of both images, decoded at once"
+        sizes.clear()
 
 def test_log_weights_average_to_the_elbo():
     """log w of one sample is the ELBO of one sample: equal means over 200 draws, within 4 standard errors."""
