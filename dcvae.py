@@ -311,7 +311,7 @@ class DCVAE(nn.Module):
 
     # -- losses ----------------------------------------------------------------------------------------------------------
     def terms(self, x, where=None, keys=None):
-        """What encoder and decoder minimise, each weighted by `self.weights`: x (B, C, H, W) -> {name: (B,)}.
+        """What encoder and decoder minimise: x (B, C, H, W) -> {name: (B,)}, as they are; `train` weighs them by `self.weights`.
 
         --loss vae: pixel, kl; vaegan: feature, gan, kl; contrastive: contrast, kl; dcvae: contrast, gan, kl. Noise is drawn in this
         order: that of z, then, for gan, 2B codes of samples, twice as many as reconstructions, as released. `where` and `keys`, for

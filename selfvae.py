@@ -474,6 +474,7 @@ class SelfVAE(nn.Module):
         """The bound's terms, all costs, (B,) in nats, from one sample of u and every z_k: Eqs. (2), (A.4e), for K levels Eq. (3.4a).
 
             re_y_1, …, re_y_K, re_x    -log p(y_1|u), -log p(y_{k+1}|y_k, z_k): reconstruction errors, signed as in Table 1
+            (y_{K+1} is x: at K = 0 the only reconstruction error is re_x.)
             kl_u                       log q(u|y_1) - log p(u): a one-sample estimate, as p(u) may be a flow
             kl_z_1, …, kl_z_K          KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
 
@@ -553,7 +554,7 @@ class SelfVAE(nn.Module):
 
         With y_k comes all that is nearer to u: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is y_{K+1}. The code length, of
         draws from q by relative entropy coding, is Σ log q - log p, log p from `decode`; of everything, x included, it is minus the
-        ELBO. ValueError, which names them, for other names.
+        ELBO. ValueError, which names each of them, for other names.
         """
         y = self.representations(x)
         if unknown := {*sent} - {"u", *(f"z_{k}" for k in range(1, self.K + 1)), *(f"y_{k}" for k in y)}:

@@ -79,8 +79,9 @@ def seeded(function, *args, **kwargs):
 
 @pytest.fixture
 def no_noise(monkeypatch):
-    """Every reparameterised draw is the mean, as if ε = 0."""
-    monkeypatch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
+    """Every draw from a Gaussian is its mean, as if ε = 0."""
+    for draw in ("rsample", "sample"):
+        monkeypatch.setattr(Normal, draw, lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
 
 
 @pytest.fixture(scope="session", autouse=True)

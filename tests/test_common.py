@@ -990,6 +990,10 @@ def test_frechet_distance_of_closed_cases():
     sd1, sd2 = torch.rand(30).double(), torch.rand(30).double()
     assert common.frechet_distance(mean1, sd1.diag()**2, mean1, sd2.diag()**2) == pytest.approx((sd1 - sd2).square().sum().item(), rel=1e-9)
     assert math.isnan(common.frechet_distance(mean1 * math.nan, cov, mean2, cov))  # not 0, the best of all
+    assert all(common.frechet_distance(mean1, c, mean1, c) >= 0 for c in (random_covariance(30, rank) for rank in range(1, 31)))
+    single = random_covariance(30, 5).float()  # what comes in may be fp32: the work is in float64
+    assert common.frechet_distance(mean1.float(), single, mean2.float(), single) == pytest.approx(
+        common.frechet_distance(mean1.float().double(), single.double(), mean2.float().double(), single.double()), rel=1e-6)
     one = lambda value: torch.tensor([[value]]).double()
     assert common.frechet_distance(one(1)[0], one(4), one(3)[0], one(9)) == pytest.approx(4 + 1)
 

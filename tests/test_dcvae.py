@@ -127,14 +127,15 @@ def test_kl_against_torch():
     torch.testing.assert_close(gaussian_kl(mean, log_var).sum(1), kl_divergence(q, p))
 
 def test_info_nce_is_the_softmax_over_explicit_pairs():
-    """Eq. 6 by loops, cosine similarity over the temperature; lengths of the query do not matter, those of keys are 1."""
+    """Eq. (6) by loops, cosine similarity over the temperature; lengths of the query do not matter, those of keys are 1."""
     query, positive, negatives = 3 * torch.randn(3, 5), unit(3, 5), unit(7, 5)
+    query[0] = 2 * positive[0]  # one hit
     loss, hit = info_nce(query, positive, negatives, 0.2)
     for i in range(3):
         cosine = lambda key: (query[i] @ key / query[i].norm() / key.norm()).item()
         right, wrong = math.exp(cosine(positive[i]) / 0.2), [math.exp(cosine(key) / 0.2) for key in negatives]
         assert loss[i].item() == pytest.approx(-math.log(right / (right + sum(wrong))), rel=1e-5)
-        assert hit[i].item() == (right > max(wrong))
+        assert hit[i].item() == (right > max(wrong)) and (i or hit[0] == 1)
     loss, _ = info_nce(torch.randn(5, 4), torch.ones(5, 4) / 2, torch.ones(9, 4) / 2, 0.07)  # all keys alike: a guess among 10
     torch.testing.assert_close(loss, torch.full((5,), math.log(10)))
 
@@ -144,6 +145,8 @@ def test_info_nce_is_fp32_under_autocast():
         torch.testing.assert_close(info_nce(query, positive, negatives, 0.07)[0], info_nce(query, positive, negatives, 0.07)[0].float())
         inside = info_nce(query, positive, negatives, 0.07)[0]
     assert torch.equal(inside, info_nce(query, positive, negatives, 0.07)[0])
+    half = query.bfloat16()
+    assert torch.equal(info_nce(half, positive, negatives, 0.07)[0], info_nce(half.float(), positive, negatives, 0.07)[0])
 
 def test_gan_losses_by_hand():
     real, reconstructed, sampled = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5]), torch.tensor([0.0, -0.5])
@@ -190,6 +193,8 @@ def test_vae_loss_is_minus_the_elbo():
     with torch.no_grad():
         log_p = Normal(model.decoder(z), 0.5**0.5).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(terms["pixel"] + 3 * 16 * 16 / 2 * math.log(math.pi), -log_p, rtol=1e-3, atol=1e-2)
+    kl = kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(terms["kl"], kl, rtol=1e-3, atol=1e-2)
 
 def codes(model, x, samples):
     """Codes of x as drawn from seed 1, then those of `samples` images -> (B + samples, L)."""
@@ -207,6 +212,15 @@ def test_terms_against_parts():
         torch.testing.assert_close(terms["gan"], -0.5 * scores[:3] - 0.5 * scores[3:].mean())
         nce = [info_nce(features[name][:3], keys[name], model.queue[name], 0.07)[0] for name in ("b1", "final")]
         torch.testing.assert_close(terms["contrast"], (nce[0] + nce[1]) / 2)
+        torch.testing.assert_close(terms["kl"], gaussian_kl(*model.encoder(x)).sum(1))  # its weight comes later, in train
+
+def test_feature_distance_is_that_of_the_reconstructions():
+    """Eq. (3): the squared distance of D's 16 last features, x against x̂, summed."""
+    model, x = make(loss="vaegan").eval(), torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        terms = seeded(model.terms, x)
+        final = lambda images: model.discriminator(images)[1]["final"]
+        torch.testing.assert_close(terms["feature"], (final(x) - final(model.decoder(codes(model, x, 0)))).square().sum(1))
 
 def test_discriminator_terms_against_parts():
     """Real images, reconstructions and samples in this order; the contrast's queries are the reconstructions."""

@@ -100,6 +100,16 @@ def test_sketch_blurs_with_the_edge_repeated():
     expected = [min(255, 255 * 11 // (256 - math.floor(v + 0.5))) for v in b]
     assert selfvae.sketch(a)[0, 0, 1, :6].tolist() == expected and expected[0] == 255 and expected[5] == 28
 
+def test_sketch_of_noise_and_of_colours():
+    """One rounding, after both sides, by a float64 convolution; a colour image is sketched from its luma."""
+    colours = torch.randint(0, 256, (2, 3, 20, 20))
+    a = selfvae.grayscale(colours)
+    weights = torch.tensor([math.comb(8, i) for i in range(9)]).double()
+    kernel = torch.outer(weights, weights).view(1, 1, 9, 9) / 2**16
+    b = (torch.nn.functional.conv2d(torch.nn.functional.pad(255.0 - a.double(), (4,) * 4, mode="replicate"), kernel) + 0.5).floor().long()
+    expected = (255 * (a + 1) // (256 - b)).clamp(max=255)
+    assert torch.equal(selfvae.sketch(colours), expected) and torch.equal(selfvae.sketch(a), expected)
+
 @pytest.mark.parametrize("name", selfvae.TRANSFORMS)
 def test_transformations_are_exact(name):
     """Levels in 0 … 255, the same alone, in a batch, in channels_last and under autocast; made of integers, but for `edges`."""
@@ -313,10 +323,19 @@ def test_kl_z_is_the_kl(no_noise):
         kl, y = model.terms(x)["kl_z_1"], halved(x)
         posterior = gaussian(model.q_z[0](x))
         prior = gaussian(model.p_z[0](model.p_z[0].from_y(y), gaussian(model.q_u(y)).mean))
-        z = posterior.sample((2000,))
+        z = posterior.mean + posterior.stddev * torch.randn(2000, *posterior.mean.shape)
         log_ratio = posterior.log_prob(z) - prior.log_prob(z)
     assert (kl > 1).all()
     assert ((log_ratio.mean(0) - kl).abs() < 4 * log_ratio.std(0) / math.sqrt(2000)).all()
+
+def test_one_draw_of_u_serves_every_term():
+    """u is that of p_y in kl_u too, and kl_z_1 reaches it: through p(z_1|y_1, u) the encoder of y_1 learns what z_1 needs."""
+    model, x, seen = make(), noise_images(2), []
+    model.p_y.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    terms, q_u = model.terms(x), gaussian(model.q_u(halved(x)))
+    torch.testing.assert_close(terms["kl_u"], q_u.log_prob(seen[-1]) - model.p_u.log_prob(seen[-1]), atol=1e-2, rtol=1e-5)
+    gradient, = torch.autograd.grad(terms["kl_z_1"].sum(), seen[-1])
+    assert gradient.abs().max() > 0
 
 def test_log_weights_average_to_the_elbo():
     """K = 2, 32 pixels: the two write the same bound differently, and agree within 4 standard errors over 200 draws."""
