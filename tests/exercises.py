@@ -1,7 +1,7 @@
 """The exercises of docs/exercises.md. For whoever solves them:
 
     python tests/exercises.py 3               empties the functions of exercise 3 in this tree, for you to write
-    python tests/exercises.py 3 --solution    puts ours back, from the last commit, and nothing else
+    python tests/exercises.py 3 --solution    puts those of the last commit back, and nothing else
 
 `python tests/exercises.py grade` is for tests/test_docs.py.
 """
@@ -81,7 +81,7 @@ def main(words):
                 print(f"{file}: {name} is not that of the last commit: commit yours first, or it would be lost", file=sys.stderr)
                 return 2
             path.write_text(replaced(source, name, lines_of(ours, name)) if solution else emptied(source, name, f"exercise {number}: {name}"))
-            print(f"exercise {number}: {file}: {name} is {'ours again' if solution else 'yours to write'}")
+            print(f"exercise {number}: {file}: {name} is {'that of the last commit again' if solution else 'yours to write'}")
     return 0
 
 
