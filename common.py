@@ -1,8 +1,8 @@
 """What every script shares: image datasets · the discretized mixture of logistics · metrics, over all processes. Nothing else.
 
 Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are float (B, C, H, W) in [-1, 1]: the 256 levels
-0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. Only `from_uint8` and `to_uint8` convert;
-the mixture below and the points know the spacing too. Equations are numbered as in docs/equations.md.
+0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. Only `from_uint8` and `to_uint8` convert; the
+mixture below and the points know the spacing too. Equations are numbered as in docs/equations.md.
 
     B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
 """

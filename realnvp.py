@@ -173,10 +173,10 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
-    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
-    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
-    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard couplings, then 3
+    channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done, and `rest` goes on
+    with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes back to its pixel, so
+    v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()

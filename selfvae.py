@@ -12,8 +12,8 @@
     python selfvae.py --dataset celeba --transform sketch        y a pencil sketch of x; Table 1: 3.24
 
 arXiv:2010.02014. Eq. (3.3b) is the second line without a number displayed in its section 3.3; "released" is the code of srVAE, the
-authors' predecessor of this paper, which has none. Derivation, logged keys, differences from
-the paper: docs/selfvae.md. All equations: docs/equations.md. Measured results: docs/results.md.
+authors' predecessor of this paper, which has none. Derivation, logged keys, differences from the paper: docs/selfvae.md. All
+equations: docs/equations.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
     x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), as discrete as x; downscaling: H_k = H / 2^(K+1-k)
@@ -294,10 +294,10 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
-    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
-    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
-    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard couplings, then 3
+    channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done, and `rest` goes on
+    with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes back to its pixel, so
+    v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()

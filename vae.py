@@ -9,8 +9,8 @@
     python vae.py --dataset cifar10                  the paper's size, for a GPU; Table 2 reports 3.51 bits per dimension
 
 arXiv:2010.02014. Eq. (3.3b) is the second line without a number displayed in its section 3.3; "released" is the code of srVAE, the
-authors' predecessor of this paper, which has none. Derivation, logged keys, differences from
-the paper: docs/vae.md. All equations: docs/equations.md. Measured results: docs/results.md.
+authors' predecessor of this paper, which has none. Derivation, logged keys, differences from the paper: docs/vae.md. All
+equations: docs/equations.md. Measured results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
     x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent · v (B, 16, 8, 8) the prior's noise, N(0, 1): of a flow the base variable
@@ -255,10 +255,10 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard
-    couplings, then 3 channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done,
-    and `rest` goes on with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes
-    back to its pixel, so v has z's shape. net(channels, side) makes a coupling's s and t.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z|, (B,) in nats. A scale is 3 checkerboard couplings, then 3
+    channel-wise ones on 2x2 squares squeezed into (4C, side/2, side/2). Half of the values are then done, and `rest` goes on
+    with the others, (2C, side/2, side/2); the last scale is 4 checkerboard couplings. What is done goes back to its pixel, so
+    v has z's shape. net(channels, side) makes a coupling's s and t.
     """
     def __init__(self, channels, side, scales, net):
         super().__init__()

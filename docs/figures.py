@@ -66,7 +66,7 @@ def mixture():
     top.axvspan(-1.4, -1 + 1 / 255, color="0.9")
     top.axvspan(1 - 1 / 255, 1.4, color="0.9")
     top.set(ylabel="density", title="grey: what the two edge levels own")
-    middle.bar(x, log_p.exp(), 2 / 255, color="C1")
+    middle.bar(x.numpy(), log_p.exp().numpy(), 2 / 255, color="C1")
     middle.set(ylabel="P(level)", title=f"256 probabilities, sum {log_p.exp().sum():.6f}; level 0 has {log_p[0].exp():.3f}")
     alone = params.clone()
     alone[0, :2] = -1000.0
@@ -81,6 +81,9 @@ def mixture():
 @torch.no_grad()
 def tighten(run):
     """Left: x has 8 values, each of z ~ N(0, 1), x ~ N(z, 1), and q = N(x/2, 1) where the posterior is N(x/2, ½). Right: a run of vae.py."""
+    checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    if checkpoint["script"] != "vae":
+        sys.exit(f"{run} is a run of {checkpoint['script']}.py; tighten takes one of vae.py")
     torch.manual_seed(0)
     sizes = 2**torch.arange(13)  # 1 … 4096
     x = torch.randn(200, 8) * 2**0.5
@@ -101,9 +104,6 @@ def tighten(run):
     left.set(xscale="log", xlabel="S", ylabel="bound - log p(x), nats an image", ylim=(-1.5, 0.1), title="log p(x) known")
     left.legend(fontsize=8)
 
-    checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
-    if checkpoint["script"] != "vae":
-        sys.exit(f"{run} is a run of {checkpoint['script']}.py; tighten takes one of vae.py")
     cfg = vae.Config(**checkpoint["config"])
     images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
     model = vae.VAE(cfg, images.shape)
@@ -176,9 +176,9 @@ def holes(data_dir="data", epochs=20):
         print(f"    KL(q(z) || p(z)) {waste:.2f} nats")
         row[0].scatter(*z.flatten(1)[:4000].T, s=1, c=labels[:4000], cmap="tab10", linewidths=0)
         row[0].set(title=f"{name}: draws from q(z)", xlim=(left, right), ylim=(low, high))
-        row[1].imshow(log_p, origin="lower", extent=(left, right, low, high), cmap="magma", vmin=log_p.max() - 7, aspect="auto")
+        row[1].imshow(log_p.numpy(), origin="lower", extent=(left, right, low, high), cmap="magma", vmin=log_p.max() - 7, aspect="auto")
         row[1].set(title=f"log p(z); ELBO {-re - kl:.1f}, waste {waste:.2f} nats")
-        row[2].imshow(draws.view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256), cmap="gray")
+        row[2].imshow(draws.view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256).numpy(), cmap="gray")
         row[2].set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
     figure.savefig(FOLDER / "holes.png", dpi=80)
 

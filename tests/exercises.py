@@ -67,21 +67,33 @@ def empty(functions, root, number):
 
 
 def main(words):
-    """Empty exercises, or put their solutions back -> the exit code: 2, and nothing changed, where that would lose what somebody wrote."""
+    """Empty exercises, or put their solutions back -> the exit code: 2, one line, and nothing changed, where that cannot be or would lose what
+    somebody wrote."""
     numbers, solution = [int(word) for word in words if word.isdigit()], "--solution" in words
     if not numbers or not set(numbers) <= set(exercises()):
         print(__doc__, file=sys.stderr)
         return 2
-    for number in numbers:
-        for file, name in exercises()[number][0]:
-            path = ROOT / file
-            source = path.read_text()
-            ours = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True).stdout
-            if not ours or not solution and lines_of(source, name) not in (lines_of(ours, name), lines_of(emptied(ours, name, f"exercise {number}: {name}"), name)):
-                print(f"{file}: {name} is not that of the last commit: commit yours first, or it would be lost", file=sys.stderr)
-                return 2
-            path.write_text(replaced(source, name, lines_of(ours, name)) if solution else emptied(source, name, f"exercise {number}: {name}"))
-            print(f"exercise {number}: {file}: {name} is {'that of the last commit again' if solution else 'yours to write'}")
+    sources, told = {}, []
+    for number, (file, name) in [(number, function) for number in numbers for function in exercises()[number][0]]:
+        committed = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True)
+        if committed.returncode:
+            print(f"{file} is in no git commit: this is for a clone", file=sys.stderr)
+            return 2
+        source, message = sources.get(file) or (ROOT / file).read_text(), f"exercise {number}: {name}"
+        try:
+            mine = lines_of(source, name)
+        except (SyntaxError, AttributeError) as error:  # AttributeError: it is not there
+            print(f"{file}: there is no {name} to replace ({error})", file=sys.stderr)
+            return 2
+        ours = lines_of(committed.stdout, name)
+        if not solution and mine not in (ours, lines_of(emptied(committed.stdout, name, message), name)):
+            print(f"{file}: {name} is not that of the last commit: commit yours first, or it would be lost", file=sys.stderr)
+            return 2
+        sources[file] = replaced(source, name, ours) if solution else emptied(source, name, message)
+        told.append(f"exercise {number}: {file}: {name} is {'that of the last commit again' if solution else 'yours to write'}")
+    for file, source in sources.items():
+        (ROOT / file).write_text(source)
+    print("\n".join(told))
     return 0
 
 
