@@ -1,25 +1,23 @@
-"""What every script shares: image datasets · the discretized mixture of logistics · metrics, over all processes. Nothing else.
+"""What every script shares: image datasets, the discretized mixture of logistics, metrics.
 
-Images on disk are uint8 (N, H, W, C), memory-mapped. Images in a model are float (B, C, H, W) in [-1, 1]: the 256 levels
-0 … 255 sit at level / 127.5 - 1, a grid of spacing 2/255. Only `from_uint8` and `to_uint8` convert; the
-mixture below and the points know the spacing too. Equations are numbered as in docs/equations.md.
+Images on disk are uint8 (N, H, W, C). Images in a model are float32 (B, C, H, W) in [-1, 1]: the
+256 pixel values 0 … 255 lie at value / 127.5 - 1, a grid of spacing 2/255. Only `from_uint8` and
+`to_uint8` convert between the two. Equations are numbered as in docs/equations.md.
 
-    B batch · C channels · H, W height and width · M mixture components · N images · S importance samples
+    B batch · C channels · H, W height and width · M mixture components · N images
+    P = dmol_channels(C) mixture parameters a pixel · S importance samples
 """
 
 import atexit
-import contextlib
 import json
 import math
 import os
 import pickle
-import shlex
 import shutil
 import sys
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from http.client import HTTPException
@@ -31,108 +29,45 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
+from torch.distributions import Categorical, Distribution
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+Distribution.set_default_validate_args(False)  # its checks would wait for the device
+
+
 class UserError(Exception):
     """A request that cannot be met. `main` prints it as one line and exits with code 2."""
 
-# ---- Processes: under torchrun there are several, each with its share of every batch ------------------------------------
 
-def join_processes(device):
-    """Under torchrun, meet the other processes: NCCL between GPUs, one for each process, gloo between CPUs. All but the first fall silent."""
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(days=1))  # the first may have a dataset to prepare
-        atexit.register(dist.destroy_process_group)
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+# ---- Pixels: 256 values in [-1, 1] ---------------------------------------------------------------
 
-def processes():
-    """-> the rank of this process, how many there are: (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+def from_uint8(pixels):
+    """Pixel values 0 … 255 of any dtype -> float32 in [-1, 1], same shape."""
+    return pixels.float() / 127.5 - 1
 
-def barrier():
-    """Wait until every process has come here."""
-    if processes()[1] > 1:
-        dist.barrier()
-
-def summed(values):
-    """Tensor -> its sum over all processes, in float64 on the CPU, the same bits in each of them."""
-    values = values.detach().cpu().double().clone()  # in this order: mps has no double
-    if processes()[1] > 1:
-        dist.all_reduce(values)
-    return values
-
-def gathered(values):
-    """(B, …) of each process -> (processes·B, …), in the order of the whole batch, which `Batches.batch` dealt out by turns."""
-    if processes()[1] == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(processes()[1])]
-    dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
-
-def merged(results):
-    """{number: result} of each process -> those of all, ordered by number."""
-    parts = [results]
-    if processes()[1] > 1:
-        dist.all_gather_object(parts := [None] * processes()[1], results)
-    return dict(sorted(item for part in parts for item in part.items()))
-
-def seed_noise(*numbers):
-    """From here on random numbers follow from `numbers` alone (in training: seed, step, process), so a resumed run of as many processes
-    draws what an unbroken one would have."""
-    torch.manual_seed(zlib.crc32(repr(numbers).encode()))
-
-def shared(batches):
-    """This process's share of an evaluation: batches rank, rank + world, …, each with its number. What is drawn for a batch follows from
-    that number and the seed last set, so results do not depend on which process draws it, or on what was evaluated before it."""
-    seed, (rank, world) = torch.initial_seed(), processes()
-    for i, batch in enumerate(batches):
-        if i % world == rank:
-            seed_noise(seed, i)
-            yield i, batch
-    torch.manual_seed(seed)
-
-def command_line():
-    """What was typed to start this process, or all of them."""
-    world = processes()[1]
-    return shlex.join([*(["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]), *sys.argv])
-
-def explain(script, error):
-    """One line about what ended the run -> the exit code. A RuntimeError is no user's mistake, and is raised again."""
-    if isinstance(error, RuntimeError):
-        if processes()[1] > 1:
-            print("this process failed, or lost another; checkpoints are kept, and --resume goes on", file=sys.stderr)
-        raise error
-    print(f"{script}.py: error: {error}" if str(error) else "stopped; checkpoints are kept", file=sys.stderr)
-    return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
-
-# ---- Pixels: 256 levels in [-1, 1] ------------------------------------------------------------------------------------
-
-def from_uint8(levels):
-    """Levels 0 … 255 of any dtype -> float in [-1, 1], same shape."""
-    return levels.float() / 127.5 - 1
 
 def to_uint8(x):
-    """Float of any range -> the nearest of the 256 levels, uint8, same shape. Inverse of `from_uint8`."""
+    """Float of any range -> the nearest pixel value, uint8, same shape. Inverse of `from_uint8`."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
 
 def quantize(x):
     """Float -> the nearest of the 256 grid values in [-1, 1], same shape."""
     return from_uint8(to_uint8(x))
 
-# ---- Datasets ---------------------------------------------------------------------------------------------------------
 
-SIZES = {"shapes": 32, "mnist": 32, "cifar10": 32, "stl10": 32, "imagenette": 64, "celeba": 64}  # name: side in pixels
+# ---- Datasets ------------------------------------------------------------------------------------
+
 VALID_SHARE = 0.15  # of the training images (selfVAE paper, A.5: "15 % randomly selected")
-RESIDENT_BYTES = 4 * 2**30  # a split up to this size lives on the device; a larger one stays memory-mapped
+RESIDENT_BYTES = 4 * 2**30  # a split up to this size lives on the device
+
 
 @dataclass
 class Subset:
-    """The images of `array`, (N, H, W, C) uint8, at the positions `index`: a view that reads only what is asked for."""
+    """The images of `array`, uint8 (N, H, W, C), at the positions `index`, read when asked for."""
 
     array: np.ndarray
     index: np.ndarray
@@ -147,17 +82,18 @@ class Subset:
     def shape(self):
         return (len(self.index), *self.array.shape[1:])
 
+
 @dataclass
 class Images:
-    """One dataset. The three splits are uint8 (N, H, W, C); `labels` maps a split's name to uint8 (N,) or (N, factors)."""
+    """One dataset, in three splits of uint8 (N, H, W, C)."""
 
     name: str
     size: int
     train: Subset
     valid: Subset
     test: np.ndarray
-    labels: dict | None
-    augment: bool  # whether training flips and shifts: not on CelebA (A.5), and a flipped digit is no digit
+    labels: dict | None  # {split: uint8 (N,) or (N, columns)}
+    augment: bool  # whether training flips and shifts the images
 
     @property
     def shape(self):
@@ -165,52 +101,70 @@ class Images:
         height, width, channels = self.test.shape[1:]
         return (channels, height, width)
 
-def load_images(name, data_dir, size=None):
-    """The dataset `name`, one of SIZES or the path of a folder of images, at `size` pixels a side -> Images.
 
-    Reads `{data_dir}/{name}-{size}/{train,test}.npy`; where that is missing, makes it once (built in, downloaded through
-    torchvision, or read from the folder). Validation is 15 % of train by a permutation that never changes.
-    Raises UserError for an unknown name, a missing, empty or broken folder, or a failed download.
+def load_images(name, data_dir, size=None):
+    """The dataset `name`, one of DATASETS, of POINTS or the path of a folder of images -> Images.
+
+    Reads {data_dir}/{name}-{size}/train.npy and test.npy. Where these are missing they are made
+    once: drawn, downloaded by torchvision, or read from the folder. `size` is the side in pixels.
+    Validation is 15 % of the training images by a permutation that never changes.
+    UserError for an unknown name, an empty or broken folder, or a download that fails.
     """
-    source = None
-    if name not in SIZES:
-        source = Path(name).expanduser()
-        if not source.is_dir():
-            raise UserError(f"dataset {name!r} is neither one of {', '.join(SIZES)}, nor, for realnvp.py, {', '.join(POINTS)}, nor a folder of images")
-    size = SIZES.get(name, 64) if size is None else size
+    if name in POINTS:
+        return load_points(name)
+    folder = None
+    if name not in DATASETS:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            known = ", ".join([*DATASETS, *POINTS])
+            raise UserError(f"dataset {name!r} is neither one of {known}, nor a folder of images")
+    default_size, splits_of = DATASETS.get(name, (64, None))
+    size = size or default_size
     if size < 8:
         raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
-    key = name if source is None else _folder_key(source)
-    folder = Path(data_dir) / f"{key}-{size}"
-    if processes()[0] == 0 and not folder.is_dir():
-        print(f"preparing {folder} (once)", flush=True)
-        splits = _folder_splits(source, size) if source else globals()[f"_{name}_splits"](Path(data_dir), size)
-        _store(folder, splits)
+    stored = Path(data_dir, f"{name if folder is None else _folder_key(folder)}-{size}")
+    if processes()[0] == 0 and not stored.is_dir():
+        print(f"preparing {stored} (once)", flush=True)
+        splits = splits_of(Path(data_dir), size) if folder is None else _folder_splits(folder, size)
+        _store(stored, splits)
     barrier()
-    train, test = (_open(folder / f"{split}.npy", 4) for split in ("train", "test"))
+
+    train = _open(stored / "train.npy", "images")
+    test = _open(stored / "test.npy", "images")
     order = np.random.default_rng(0).permutation(len(train))
     n_valid = max(1, round(VALID_SHARE * len(train)))
-    index = {"valid": np.sort(order[:n_valid]), "train": np.sort(order[n_valid:])}
+    valid_index = np.sort(order[:n_valid])
+    train_index = np.sort(order[n_valid:])
     labels = None
-    if (folder / "train-labels.npy").exists():
-        train_labels = _open(folder / "train-labels.npy", (1, 2), len(train))
-        labels = {split: train_labels[i] for split, i in index.items()}
-        labels["test"] = _open(folder / "test-labels.npy", (1, 2), len(test))
-    return Images(source.resolve().name if source else name, size, Subset(train, index["train"]),
-                  Subset(train, index["valid"]), test, labels, source is not None or name not in ("mnist", "celeba"))
+    if (stored / "train-labels.npy").exists():
+        of_train = _open(stored / "train-labels.npy", "labels", len(train))
+        of_test = _open(stored / "test-labels.npy", "labels", len(test))
+        labels = {"train": of_train[train_index], "valid": of_train[valid_index], "test": of_test}
+    # A flipped digit is no digit, and the selfVAE paper leaves CelebA as it is (A.5).
+    augment = folder is not None or name not in ("mnist", "celeba")
+    return Images(name if folder is None else folder.resolve().name, size,
+                  Subset(train, train_index), Subset(train, valid_index), test, labels, augment)
 
-def _open(path, dims, count=None):
-    """Memory-map one file of the on-disk format: uint8, `dims` (4: images; 1 or 2: labels) dimensions, `count` rows."""
+
+def _open(path, kind, count=None):
+    """Memory-map a file of "images", uint8 (N, H, W, C), or "labels", uint8, `count` rows."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}); delete its folder to have it made again") from None
-    if array.dtype != np.uint8 or array.ndim not in np.atleast_1d(dims) or len(array) < 1 or len(array) != (count or len(array)):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8 (N, H, W, C), or labels, a row an image")
+        raise UserError(f"cannot read {path} ({error}); delete its folder to remake it") from None
+    shaped = array.ndim == 4 if kind == "images" else array.ndim in (1, 2)
+    counted = len(array) == count if count else len(array) > 0
+    if array.dtype != np.uint8 or not shaped or not counted:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8, "
+                        "(N, H, W, C) of images or a row of labels for each image")
     return array
 
+
 def _store(folder, splits):
-    """Write {split: (count, images, labels or None)} as .npy files: aside, then renamed, so that `folder` is whole or absent."""
+    """Write {split: (count, images, labels or None)} as .npy files, whole or not at all.
+
+    They are written aside and renamed at the end.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -219,7 +173,9 @@ def _store(folder, splits):
             array = None
             for i, image in enumerate(images):
                 if array is None:
-                    array = np.lib.format.open_memmap(partial / f"{split}.npy", "w+", np.uint8, (count, *image.shape))
+                    shape = (count, *image.shape)
+                    path = partial / f"{split}.npy"
+                    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
                 array[i] = image
             array.flush()
             if labels is not None:
@@ -228,496 +184,654 @@ def _store(folder, splits):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
+
 def _square(image, size):
-    """PIL image -> (size, size, C) uint8: centre crop to a square, Lanczos."""
+    """PIL image -> (size, size, C) uint8: cropped to a square at the centre, Lanczos."""
     image = TF.center_crop(image, min(image.size))
-    return np.asarray(TF.resize(image, [size, size], InterpolationMode.LANCZOS)).reshape(size, size, -1)
+    image = TF.resize(image, [size, size], InterpolationMode.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1)
+
 
 def _resized(array, size):
-    """(N, H, W) or (N, H, W, C) uint8 -> iterator of (size, size, C); untouched where it has that size."""
+    """(N, H, W) or (N, H, W, C) uint8 -> iterator of (size, size, C); the right size is kept."""
     for image in array:
-        yield image.reshape(size, size, -1) if image.shape[0] == size else _square(TF.to_pil_image(image), size)
+        if image.shape[0] == size:
+            yield image.reshape(size, size, -1)
+        else:
+            yield _square(TF.to_pil_image(image), size)
+
 
 def _download(dataset, **arguments):
-    """A torchvision dataset, downloaded where it is missing. Any failure of the network or the archive is a UserError."""
+    """A torchvision dataset, downloaded where it is missing. UserError if that fails."""
     name = dataset.__name__
     try:
         return dataset(download=True, **arguments)
-    except Exception as error:  # the network, archives and the download helpers each raise their own kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"downloading {name} to {arguments['root']} failed: {reason}") from None
+    except Exception as error:  # the network, archives and helpers each raise their own kinds
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"downloading {name} to {arguments['root']} failed: {reason[0]}") from None
+
 
 def _mnist_splits(data_dir, size):
+    """Zero-padded to 32, else resized."""
     splits = {}
     for split in ("train", "test"):
-        data = _download(torchvision.datasets.MNIST, root=data_dir / "downloads", train=split == "train")
+        data = _download(torchvision.datasets.MNIST, root=data_dir / "downloads",
+                         train=split == "train")
         images = data.data.numpy()
         if size == 32:
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
         splits[split] = len(images), _resized(images, size), data.targets
     return splits
 
+
 def _cifar10_splits(data_dir, size):
     splits = {}
     for split in ("train", "test"):
-        data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads", train=split == "train")
+        data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads",
+                         train=split == "train")
         splits[split] = len(data.data), _resized(data.data, size), data.targets
     return splits
+
 
 def _stl10_splits(data_dir, size):
     """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
     splits = {}
     for split, parts in (("train", "train+unlabeled"), ("test", "test")):
         data = _download(torchvision.datasets.STL10, root=data_dir / "downloads", split=parts)
-        splits[split] = len(data.data), _resized(data.data.transpose(0, 2, 3, 1), size), None
+        images = data.data.transpose(0, 2, 3, 1)
+        splits[split] = len(images), _resized(images, size), None
     return splits
+
 
 def _imagenette_splits(data_dir, size):
+    """Its validation split is the test set."""
     splits = {}
+    root = data_dir / "downloads"
     for split, part in (("train", "train"), ("test", "val")):
-        root, arguments = data_dir / "downloads", dict(split=part, size="160px")
         if (root / "imagenette2-160").is_dir():  # torchvision < 0.20 refuses to download over it
-            data = torchvision.datasets.Imagenette(root, **arguments)
+            data = torchvision.datasets.Imagenette(root, split=part, size="160px")
         else:
-            data = _download(torchvision.datasets.Imagenette, root=root, **arguments)
+            data = _download(torchvision.datasets.Imagenette, root=root, split=part, size="160px")
         images = (_square(image, size) for image, _ in data)
-        splits[split] = len(data), images, [label for _, label in data._samples]
+        labels = [label for _, label in data._samples]
+        splits[split] = len(data), images, labels
     return splits
 
+
 def _celeba_splits(data_dir, size):
-    """Official train and test splits; crop top 40, left 15, side 148 (selfVAE paper, A.5). Labels: the 40 attributes."""
-    root = data_dir / "celeba"
-    partition, attributes, jpegs = root / "list_eval_partition.txt", root / "list_attr_celeba.txt", root / "img_align_celeba"
-    if not (partition.exists() and jpegs.is_dir()):
-        try:
-            _download(torchvision.datasets.CelebA, root=data_dir)
-        except UserError as error:
-            raise UserError(f"{error}. By hand: unzip img_align_celeba.zip so that {jpegs}/000001.jpg exists, put "
-                            f"list_eval_partition.txt at {partition} and (optional, labels) list_attr_celeba.txt beside "
-                            "it; all three are on the CelebA project page") from None
-    labels = {}
-    try:
-        part = dict(line.split() for line in partition.read_text().splitlines() if line.strip())
-        if attributes.exists():  # two header lines, then: file name, 40 times 1 or -1
-            rows = [line.split() for line in attributes.read_text().splitlines()[2:] if line.strip()]
-            labels = {name: [int(value) > 0 for value in values] for name, *values in rows}
-    except ValueError:
-        raise UserError(f"{partition} needs lines 'NAME 0|1|2', {attributes} 'NAME ±1 … ±1' below two header lines") from None
+    """Official train and test splits, labelled by the 40 attributes.
+
+    Crop top 40, left 15, side 148 (selfVAE paper, A.5).
+    """
     splits = {}
-    for split, code in (("train", "0"), ("test", "2")):
-        names = [name for name, value in part.items() if value == code]
-        images = (_square(TF.crop(_read(jpegs / name), 40, 15, 148, 148), size) for name in names)
-        if not names:
-            raise UserError(f"{partition} lists no {split} images (lines 'NAME {code}')")
-        splits[split] = len(names), images, [labels[name] for name in names] if labels.keys() >= set(names) else None
+    for split in ("train", "test"):
+        try:
+            data = _download(torchvision.datasets.CelebA, root=data_dir, split=split)
+        except UserError as error:
+            raise UserError(
+                f"{error}. By hand: put the five list_*.txt and identity_CelebA.txt of its page, "
+                f"and img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}") from None
+        images = (_square(TF.crop(image, 40, 15, 148, 148), size) for image, _ in data)
+        splits[split] = len(data), images, data.attr
     return splits
+
 
 def _read(path):
     """One image file -> RGB PIL image."""
     try:
         return default_loader(str(path))
-    except (OSError, SyntaxError, ValueError) as error:  # what the decoders raise on broken files
+    except (OSError, SyntaxError, ValueError) as error:  # what decoders raise on broken files
         raise UserError(f"cannot read the image {path}: {error}") from None
 
+
 def _image_files(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    """All image files below the folder, in alphabetical order."""
+    files = folder.rglob("*")
+    return sorted(p for p in files if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+
 
 def _folder_key(folder):
-    """A name for the cache of `folder` that changes when one of its files does."""
+    """A name for the stored form of `folder` that changes when one of its files does."""
     files = _image_files(folder)
     if len(files) < 10:
-        raise UserError(f"the folder {folder} holds {len(files)} images ({', '.join(IMG_EXTENSIONS)}); at least 10 are needed")
-    listing = "".join(f"{p.resolve()}{p.stat().st_size}{p.stat().st_mtime_ns}" for p in files)
-    return f"{folder.resolve().name}-{zlib.crc32(listing.encode()):08x}"
+        kinds = ", ".join(IMG_EXTENSIONS)
+        raise UserError(f"the folder {folder} holds {len(files)} images ({kinds}); "
+                        "at least 10 are needed")
+    checksum = 0
+    for path in files:
+        facts = f"{path.resolve()}{path.stat().st_size}{path.stat().st_mtime_ns}"
+        checksum = zlib.crc32(facts.encode(), checksum)
+    return f"{folder.resolve().name}-{checksum:08x}"
+
 
 def _folder_splits(folder, size):
-    """The subfolders train/ and test/ where both exist; else every tenth image, in a fixed random order, is a test image."""
+    """Its subfolders train/ and test/, else every tenth image, in a fixed random order, is test."""
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        files = {split: _image_files(folder / split) for split in ("train", "test")}
-        for split in files:
-            if len(files[split]) < 2:
-                raise UserError(f"the folder {folder / split} holds {len(files[split])} images; at least 2 are needed")
+        files = {"train": _image_files(folder / "train"), "test": _image_files(folder / "test")}
+        for split, paths in files.items():
+            if len(paths) < 2:
+                raise UserError(f"the folder {folder / split} holds {len(paths)} images; "
+                                "at least 2 are needed")
     else:
-        everything = _image_files(folder)
-        order = [everything[i] for i in np.random.default_rng(0).permutation(len(everything))]
-        n_test = len(order) // 10
-        files = {"train": order[n_test:], "test": order[:n_test]}
-    return {split: (len(paths), (_square(_read(path), size) for path in paths), None) for split, paths in files.items()}
+        paths = _image_files(folder)
+        order = np.random.default_rng(0).permutation(len(paths))
+        shuffled = [paths[i] for i in order]
+        n_test = len(paths) // 10
+        files = {"train": shuffled[n_test:], "test": shuffled[:n_test]}
+    splits = {}
+    for split, paths in files.items():
+        splits[split] = len(paths), _squares(paths, size), None
+    return splits
 
-COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90], [70, 205, 215], [70, 110, 235],
-                    [165, 80, 220], [235, 235, 235]], np.float32)
+
+def _squares(paths, size):
+    """Image files -> iterator of (size, size, 3) uint8."""
+    for path in paths:
+        yield _square(_read(path), size)
+
+
+COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90],
+                    [70, 205, 215], [70, 110, 235], [165, 80, 220], [235, 235, 235]], np.float32)
+
 
 def _shapes_splits(data_dir, size):
-    return {"train": (20_000, *draw_shapes(20_000, size, seed=0)), "test": (2_000, *draw_shapes(2_000, size, seed=1))}
+    return {"train": (20_000, *make_shapes(20_000, size, seed=0)),
+            "test": (2_000, *make_shapes(2_000, size, seed=1))}
 
-def draw_shapes(count, size, seed):
-    """`shapes`: one anti-aliased figure over a colour gradient, with sensor noise -> uint8 (count, size, size, 3), labels.
 
-    Labels, uint8 (count, 5): kind 0-3 (disc, square, triangle, ring), colour 0-7, size 0-3, column 0-3, row 0-3. The noise
-    (sd 2 levels) keeps a likelihood from running off to infinity on flat areas; its entropy is 3.05 bits per dimension.
+def make_shapes(count, size, seed):
+    """`shapes`: one figure over a colour gradient -> uint8 (count, size, size, 3), labels.
+
+    Labels, uint8 (count, 5): kind 0-3 (disc, square, triangle, ring), colour 0-7, size 0-3,
+    column 0-3, row 0-3. Sensor noise (sd 2 pixel values) keeps a likelihood from running off to
+    infinity on flat areas; its entropy is 3.05 bits per dimension.
     """
     rng = np.random.default_rng([seed, size])
-    kind, colour = rng.integers(0, 4, count), rng.integers(0, 8, count)
+    kind = rng.integers(0, 4, count)
+    colour = rng.integers(0, 8, count)
     radius = rng.uniform(0.12, 0.32, count).astype(np.float32)  # in units of the image's side
-    centre = rng.uniform(0.25, 0.75, (2, count)).astype(np.float32)
-    labels = np.stack([kind, colour, (radius - 0.12) / 0.05, (centre[0] - 0.25) * 8, (centre[1] - 0.25) * 8], 1)
-    corners = rng.uniform(10, 120, (count, 3, 3)).astype(np.float32)  # the gradient: colour = a + b·column + c·row
+    column, row = rng.uniform(0.25, 0.75, (2, count)).astype(np.float32)
+    corners = rng.uniform(10, 120, (count, 3, 3)).astype(np.float32)  # gradient: a, b, c below
+    labels = np.stack([kind, colour, (radius - 0.12) / 0.05,
+                       (column - 0.25) * 8, (row - 0.25) * 8], 1)
     images = np.empty((count, size, size, 3), np.uint8)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     for start in range(0, count, 500):
         part = slice(start, start + 500)
-        x, y = axis[None, None, :] - centre[0, part, None, None], axis[None, :, None] - centre[1, part, None, None]
+        x = axis[None, None, :] - column[part, None, None]
+        y = axis[None, :, None] - row[part, None, None]
         r = radius[part, None, None]
-        disc = np.sqrt(x**2 + y**2) - r  # signed distances to the outline, negative inside, (500, size, size)
+        # Signed distances to the outline, negative inside, (500, size, size).
+        disc = np.sqrt(x**2 + y**2) - r
         square = np.maximum(abs(x), abs(y)) - 0.85 * r
         triangle = np.maximum(y - 0.6 * r, 0.866 * abs(x) - 0.5 * y - 0.6 * r)
         ring = abs(disc + 0.2 * r) - 0.2 * r
         distance = np.choose(kind[part, None, None], [disc, square, triangle, ring])
-        cover = np.clip(0.5 - distance * size, 0, 1)[..., None]  # the share of the pixel inside the outline
-        a, b, c = (corners[part, i, None, None, :] for i in range(3))
-        backdrop = a + (b - a) * axis[None, None, :, None] / 2 + (c - a) * axis[None, :, None, None] / 2
-        clean = backdrop + cover * (COLOURS[colour[part], None, None] - backdrop)
+        inside = np.clip(0.5 - distance * size, 0, 1)[..., None]  # share of the pixel
+        a, b, c = corners[part].transpose(1, 0, 2)[:, :, None, None]
+        right = axis[None, None, :, None] / 2
+        down = axis[None, :, None, None] / 2
+        backdrop = a + (b - a) * right + (c - a) * down
+        clean = backdrop + inside * (COLOURS[colour[part], None, None] - backdrop)
         noisy = clean + 2 * rng.standard_normal(clean.shape, np.float32)
         images[part] = np.clip(np.rint(noisy), 0, 255)
     return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
 
+
+DATASETS = {  # name: side in pixels, function that makes {split: (count, images, labels)}
+    "shapes": (32, _shapes_splits),
+    "mnist": (32, _mnist_splits),
+    "cifar10": (32, _cifar10_splits),
+    "stl10": (32, _stl10_splits),
+    "imagenette": (64, _imagenette_splits),
+    "celeba": (64, _celeba_splits),
+}
+
 POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
 
-def draw_points(name, count, seed):
-    """`count` points of one of POINTS, most of them in [-1, 1]² -> float (count, 2). `checkerboard` has entropy log 2 nats."""
+
+def make_points(name, count, seed):
+    """`count` points of one of POINTS, most of them in [-1, 1]² -> float (count, 2)."""
     rng = np.random.default_rng(seed)
-    share, arm, noise = rng.random(count), rng.choice([-1, 1], count), rng.standard_normal((2, count))
+    share = rng.random(count)
+    arm = rng.choice([-1, 1], count)
+    noise = rng.standard_normal((2, count))
     angle = np.pi * share
     if name == "moons":  # two half circles, each with its end inside the other
         points = 0.6 * arm * [np.cos(angle) - 0.5, np.sin(angle) - 0.25] + 0.05 * noise
     elif name == "rings":  # two, of equal shares
-        points = rng.choice([0.35, 0.85], count) * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
+        radius = rng.choice([0.35, 0.85], count)
+        points = radius * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
     elif name == "spirals":  # two arms of one turn, evenly filled
         angle = 2 * np.pi * np.sqrt(share)
         points = 0.9 * arm * np.sqrt(share) * [np.cos(angle), np.sin(angle)] + 0.04 * noise
-    else:  # 8 of 16 squares
-        row, column = rng.integers(0, 4, count), rng.integers(0, 2, count)
-        points = np.stack([2 * column + row % 2 + share, row + rng.random(count)]) / 2 - 1
+    else:  # 8 of 16 squares, each of side ½: the entropy is log 2 nats
+        row = rng.integers(0, 4, count)
+        column = 2 * rng.integers(0, 2, count) + row % 2
+        points = np.stack([column + share, row + rng.random(count)]) / 2 - 1
     return points.T
 
+
 def load_points(name):
-    """One of POINTS as Images of one pixel with two channels: float (N, 1, 1, 2), in the units of levels that Batches maps back."""
-    train, valid, test = (np.float32(127.5 * (draw_points(name, count, seed) + 1)).reshape(-1, 1, 1, 2)
-                          for seed, count in enumerate((102_400, 10_000, 10_000)))
-    return Images(name, 1, train, valid, test, labels=None, augment=False)
+    """One of POINTS as Images of one pixel with two channels, float (N, 1, 1, 2).
+
+    They are stored in the units of pixel values, which `Batches` maps back.
+    """
+    splits = []
+    for seed, count in enumerate((102_400, 10_000, 10_000)):
+        points = 127.5 * (make_points(name, count, seed) + 1)
+        splits.append(points.astype(np.float32).reshape(-1, 1, 1, 2))
+    return Images(name, 1, *splits, labels=None, augment=False)
+
 
 class Batches:
-    """Batches of one split as float (B, C, H, W) in [-1, 1] on `device`, in channels-last memory.
+    """Batches of one split as float32 (B, C, H, W) in [-1, 1] on `device`, channels-last.
 
-    The split is kept on the device as it is stored, uint8 (points: float32), up to RESIDENT_BYTES. A larger one stays memory-mapped,
-    and a thread reads the next batch while this one is in use. Flips and shifts are tensor operations on the device, so there are no
-    worker processes.
-    `batch(step)` is training: which images it holds follows from (seed, step) alone, so that a resumed run sees what the unbroken
-    one would have seen; it must split into `parts` equal parts, else UserError. A small split is one batch, less what does not split.
-    Iterating is evaluation: the whole split once, in order, the last batch smaller if need be.
+    A split up to RESIDENT_BYTES is kept on the device as uint8; a larger one stays a memory-mapped
+    file. Flips and shifts are tensor operations on the device: no worker processes.
+    `batch(step)` is training, iterating is evaluation: the whole split once, in order.
     """
 
-    def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1):
-        self.images, self.device, self.seed, self.augment = images, torch.device(device), seed, augment
-        self.count = len(images)
-        self.batch_size = batch_size if batch_size <= self.count else self.count // parts * parts or self.count
+    def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1, count=None):
+        """A step's batch must split into `parts` equal parts, else UserError.
+
+        With `count` only the first images of the split are used.
+        """
+        self.images = images
+        self.count = min(len(images), count or len(images))
+        self.device = torch.device(device)
+        self.seed = seed
+        self.augment = augment
+        self.batch_size = batch_size
+        if batch_size > self.count:  # a small split is one batch, less what does not divide
+            self.batch_size = self.count // parts * parts or self.count
         if self.batch_size % parts:
-            raise UserError(f"a step's {self.batch_size} images do not split into {parts} equal parts: processes times --accumulate, "
-                            "in dcvae.py times --d_steps")
+            raise UserError(f"a step's {self.batch_size} images do not split into {parts} equal "
+                            "parts: processes, in dcvae.py times --d_steps")
         self.per_epoch = self.count // self.batch_size
-        self.resident = None
-        if math.prod(images.shape) <= RESIDENT_BYTES:
-            self.resident = torch.from_numpy(np.require(images[:], requirements="W")).to(self.device)
-        self.reader, self.ahead = ThreadPoolExecutor(1), {}  # {positions: what the thread reads}
-        self.epoch, self.order = None, None
-
-    def _beside_images(self, index):
-        """`index`, on the device if the images are there: once an epoch, so that no step waits for the copy."""
-        return index if self.resident is None else index.to(self.device)
-
-    def _read(self, index):
-        """Positions (B,) -> uint8 (B, H, W, C) in memory from which a GPU can copy by itself ("pinned")."""
-        levels = torch.from_numpy(np.array(self.images[index.numpy()]))
-        return levels.pin_memory() if self.device.type == "cuda" else levels
-
-    def _levels(self, index, following):
-        """Positions (B,) -> uint8 (B, H, W, C) on the device; where they are streamed, starts reading `following`."""
-        if self.resident is not None:
-            return self.resident[index]
-        reading = self.ahead.get(tuple(index.tolist())) or self.reader.submit(self._read, index)
-        self.ahead = {tuple(following.tolist()): self.reader.submit(self._read, following)} if len(following) else {}
-        return reading.result().to(self.device, non_blocking=True)
-
-    def _order(self, epoch):
-        """The positions of an epoch's images, in a permutation of its own."""
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            order = torch.randperm(self.count, generator=generator)[:self.per_epoch * self.batch_size]  # whole batches
-            self.epoch, self.order = epoch, self._beside_images(order)
-        return self.order
+        self.resident = self.count * math.prod(images.shape[1:]) <= RESIDENT_BYTES
+        if self.resident:
+            writable = np.require(images[:self.count], requirements="W")
+            self.images = torch.from_numpy(writable).to(self.device)
+        self.epoch = None
+        self.order = None
 
     def batch(self, step, rank=0, world=1):
-        """The training batch of step 0, 1, 2, …, or the share that process `rank` of `world` has of it; every epoch is a new permutation."""
+        """The batch of step 0, 1, 2, …, or the share that process `rank` of `world` has of it.
+
+        Its images follow from (seed, step) alone, so a resumed run sees what an unbroken one would
+        have seen. Every epoch is a new permutation.
+        """
         epoch, i = divmod(step, self.per_epoch)
-        index = self._order(epoch)[i * self.batch_size:(i + 2) * self.batch_size]  # and the next, unless a new epoch begins
-        this, following = index[:self.batch_size][rank::world], index[self.batch_size:][rank::world]
-        levels = self._levels(this, following)
-        return from_uint8((augment(levels) if self.augment else levels).permute(0, 3, 1, 2))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            self.epoch = epoch
+            self.order = torch.randperm(self.count, generator=generator)
+            if self.resident:  # once an epoch, so that no step waits for the copy
+                self.order = self.order.to(self.device)
+        index = self.order[i * self.batch_size:(i + 1) * self.batch_size]
+        pixels = self._read(index[rank::world])
+        if self.augment:
+            pixels = augment(pixels)
+        return from_uint8(pixels.permute(0, 3, 1, 2))
 
     def __iter__(self):
-        parts = self._beside_images(torch.arange(self.count)).split(self.batch_size)
-        for index, following in zip(parts, (*parts[1:], parts[0][:0])):
-            yield from_uint8(self._levels(index, following).permute(0, 3, 1, 2))
+        device = self.device if self.resident else "cpu"
+        for index in torch.arange(self.count, device=device).split(self.batch_size):
+            yield from_uint8(self._read(index).permute(0, 3, 1, 2))
 
-def augment(levels, share=0.05):
-    """Random flips and shifts by up to ceil(5 %) of the side, each image its own: uint8 (B, H, W, C) -> same shape.
+    def _read(self, index):
+        """Positions (B,) -> uint8 (B, H, W, C) on the device."""
+        if self.resident:
+            return self.images[index]
+        return torch.from_numpy(np.array(self.images[index.numpy()])).to(self.device)
 
-    Shifted-in pixels repeat the edge: the clamp on the row and column numbers does it.
+
+def augment(pixels, share=0.05):
+    """Random flips, and shifts by up to 5 % of the side: uint8 (B, H, W, C) -> same.
+
+    Each image has its own. Shifted-in pixels repeat the edge: the clamp below does that.
     """
-    B, H, W, _ = levels.shape
-    draw = lambda low, high: torch.randint(low, high + 1, (B, 1), device=levels.device)
-    reach_y, reach_x = math.ceil(share * H), math.ceil(share * W)
-    rows = (torch.arange(H, device=levels.device) + draw(-reach_y, reach_y)).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=levels.device) + draw(-reach_x, reach_x)).clamp(0, W - 1)  # (B, W)
-    columns = torch.where(draw(0, 1) == 1, W - 1 - columns, columns)
-    image = torch.arange(B, device=levels.device)
-    return levels[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    B, H, W, _ = pixels.shape
+    device = pixels.device
+    reach_y = math.ceil(share * H)
+    reach_x = math.ceil(share * W)
+    shift_y = torch.randint(-reach_y, reach_y + 1, (B, 1), device=device)
+    shift_x = torch.randint(-reach_x, reach_x + 1, (B, 1), device=device)
+    flip = torch.randint(0, 2, (B, 1), device=device)
+    rows = (torch.arange(H, device=device) + shift_y).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=device) + shift_x).clamp(0, W - 1)  # (B, W)
+    columns = torch.where(flip == 1, W - 1 - columns, columns)
+    image = torch.arange(B, device=device)
+    return pixels[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Discretized mixture of logistics (Salimans et al. 2017, PixelCNN++, section 2.1 and 2.2)
+
+# ---- The discretized mixture of logistics --------------------------------------------------------
+# (Salimans et al. 2017, PixelCNN++, sections 2.1 and 2.2)
 #
-# A pixel of C channels is drawn from one of M components; given the component, channel c is logistic around a mean that
-# depends linearly on the channels before it, rounded to the 256-level grid:
+# A pixel of C channels is drawn from one of M components. Given the component, channel c is
+# logistic around a mean that depends linearly on the channels before it, rounded to the grid:
 #
-#     p(x) = Σ_m π_m Π_c [σ((x_c + δ - μ_mc) / s_mc) - σ((x_c - δ - μ_mc) / s_mc)],     δ = 1/255, half a grid step
+#     p(x) = Σ_m π_m Π_c [σ((x_c + δ - μ_mc) / s_mc) - σ((x_c - δ - μ_mc) / s_mc)],     δ = 1/255
 #     μ_mc = mean_mc + Σ_{j<c} tanh(coefficient_mcj) x_j
 #
-# The lowest level owns everything below it (the first σ alone), the highest everything above it (1 - the second σ): the
-# 256 probabilities telescope to exactly one.
-# ----------------------------------------------------------------------------------------------------------------------
+# δ is half a grid step. The lowest pixel value owns everything below it (the first σ alone), the
+# highest everything above it (1 - the second σ): the 256 probabilities telescope to exactly one.
+# --------------------------------------------------------------------------------------------------
 
 MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
 
+
 def dmol_channels(channels, mixtures=MIXTURES):
-    """Parameters per pixel: for each component 1 weight, C means, C log-scales and C(C-1)/2 coupling coefficients."""
+    """Parameters a pixel: a component has 1 weight, C means, C log-scales, C(C-1)/2 couplings."""
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
-def _dmol_split(params, channels):
-    """(B, P, H, W) -> logits (B, M, H, W); means, log-scales (B, C, M, H, W); coefficients (B, C(C-1)/2, M, H, W). fp32.
 
-    As they are used: log-scales counted from -2 and clamped, coefficients through tanh, in the order (2,1), (3,1), (3,2) of (c, j).
+class Dmol:
+    """The mixture of discretized logistics of an image, in the manner of torch.distributions.
+
+    `params` (B, P, H, W) is a network's output. With `shift` (B, C or 1, H, W) they describe what
+    is left of x when the shift is taken from it. The mixture of Dlogistic in the selfVAE paper,
+    Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels. Computed in fp32 or float64.
     """
-    params = params.to(torch.promote_types(params.dtype, torch.float32))  # likelihoods are never computed in bf16
-    params = params.unflatten(1, (dmol_channels(channels, 1), -1))
-    weight, means, log_scales, coefficients = params.split([1, channels, channels, channels * (channels - 1) // 2], 1)
-    # At -7 a component puts 97.3 % on one level (PixelCNN++'s clamp: at most 0.03 nats a value are lost); above 7 it is flat.
-    # A network starts near 0, which is made a scale of e⁻² = 17 levels: from half the range, 1, training would take long to come down.
-    return weight[:, 0], means, (log_scales - 2).clamp(-7, 7), coefficients.tanh()
 
-def dmol_shift(params, shift):
-    """The parameters of x + shift where x has `params`: (B, P, H, W), shift (B, C, H, W) -> (B, P, H, W). Only the means change.
+    def __init__(self, params, shift=None, mixtures=MIXTURES):
+        params = params.to(torch.promote_types(params.dtype, torch.float32))  # never in bf16
+        B, P, H, W = params.shape
+        rows = P // mixtures  # = (C + 1)(C + 2)/2, solved for C:
+        C = (math.isqrt(8 * rows + 1) - 3) // 2
+        params = params.unflatten(1, (rows, mixtures))
+        weights, means, log_scales, couplings = params.split([1, C, C, C * (C - 1) // 2], 1)
+        self.logits = weights[:, 0]  # (B, M, H, W)
+        self.means = means  # (B, C, M, H, W)
+        # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats a
+        # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
+        # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
+        self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, C, M, H, W)
+        self.couplings = couplings.tanh()  # (B, C(C-1)/2, M, H, W): (2,1), (3,1), (3,2) of (c, j)
+        self.channels = C
+        self.shift = params.new_zeros(B, C, H, W) if shift is None else shift.expand(B, C, H, W)
 
-    They move by the shift, less what the coupling would add for the shift of the channels before: μ_c is linear in x_j - shift_j.
+    def log_prob(self, x):
+        """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
+
+        With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the mass of a bin is
+        σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum of three terms that neither cancel
+        nor underflow, however improbable the pixel. An edge bin leaves out the terms of the edge
+        that it does not have. (PixelCNN++ needs an approximation for improbable pixels.)
+        """
+        x = x.to(self.means.dtype)
+        lowest = x < -1 + 1 / 255
+        highest = x > 1 - 1 / 255
+        left = (x - self.shift).unsqueeze(2).unbind(1)  # C of (B, 1, H, W), against M components
+        log_p = self.logits.log_softmax(1)  # (B, M, H, W)
+        for c in range(self.channels):
+            inverse_scale = torch.exp(-self.log_scales[:, c])
+            centred = left[c] - coupled_mean(self.means, self.couplings, c, left)
+            log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below
+            log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)  # log σ(a): not above
+            log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))  # log(1 - e^(b-a))
+            log_bin = log_above + log_below + log_width
+            log_bin = torch.where(highest[:, c:c + 1], log_above, log_bin)
+            log_bin = torch.where(lowest[:, c:c + 1], log_below, log_bin)
+            log_p = log_p + log_bin
+        return torch.logsumexp(log_p, 1).sum((1, 2))
+
+    def sample(self):
+        """x ~ p(x) -> (B, C, H, W), on the grid."""
+        chosen = Categorical(logits=self.logits.movedim(1, -1), validate_args=False).sample()
+        chosen = chosen[:, None, None]  # (B, 1, 1, H, W)
+        means = self.means.take_along_dim(chosen, 2)  # (B, C, 1, H, W): of one component
+        scales = self.log_scales.take_along_dim(chosen, 2).exp()
+        couplings = self.couplings.take_along_dim(chosen, 2)
+        x = []
+        left = []
+        for c in range(self.channels):
+            mean = coupled_mean(means, couplings, c, left)  # (B, 1, H, W)
+            noise = torch.logit(torch.rand_like(mean), eps=2**-25)  # logistic; rand can be 0
+            shift = self.shift[:, c:c + 1]
+            # Rounded here, so that the next channel is conditioned on what the pixel will be.
+            x.append(quantize(mean + scales[:, c] * noise + shift))
+            left.append(x[c] - shift)
+        return torch.cat(x, 1)
+
+    @property
+    def mean(self):
+        """The expected value of x -> (B, C, H, W), on the grid.
+
+        It ignores the rounding, and clips every component's mean to [-1, 1].
+        """
+        x = []
+        left = []
+        for c in range(self.channels):
+            shift = self.shift[:, c:c + 1]
+            mean = coupled_mean(self.means, self.couplings, c, left)  # (B, M, H, W)
+            x.append((mean + shift).clamp(-1, 1))
+            left.append(x[c] - shift)
+        weights = self.logits.softmax(1)
+        return quantize((weights.unsqueeze(1) * torch.stack(x, 1)).sum(2))
+
+
+def coupled_mean(means, couplings, c, left):
+    """μ_mc, the components' means of channel c given the channels before it: R, then G, then B.
+
+    means (B, C, M, H, W), couplings (B, C(C-1)/2, M, H, W), left: channels (B, M or 1, H, W).
     """
-    channels = shift.shape[1]
-    params = params.to(torch.promote_types(params.dtype, torch.float32))  # as where they are used
-    rows = params.unflatten(1, (dmol_channels(channels, 1), -1))  # (B, rows, M, H, W)
-    weight, means, log_scales, coefficients = rows.split([1, channels, channels, channels * (channels - 1) // 2], 1)
-    moved, pair = [], 0
-    for c in range(channels):
-        mean = means[:, c] + shift[:, c:c + 1]
-        for j in range(c):
-            mean = mean - coefficients[:, pair].tanh() * shift[:, j:j + 1]
-            pair += 1
-        moved.append(mean)
-    return torch.cat([weight, torch.stack(moved, 1), log_scales, coefficients], 1).flatten(1, 2)
+    mean = means[:, c]
+    for j in range(c):
+        pair = c * (c - 1) // 2 + j
+        mean = mean + couplings[:, pair] * left[j]
+    return mean
+
 
 def dmol_log_prob(x, params):
-    """log p(x), in nats, summed over C, H, W: x (B, C, H, W) on the 256-level grid, params (B, P, H, W) -> (B,).
+    """log p(x) in nats of x (B, C, H, W) under the mixture with params (B, P, H, W) -> (B,)."""
+    mixtures = params.shape[1] // dmol_channels(x.shape[1], 1)
+    return Dmol(params, mixtures=mixtures).log_prob(x)
 
-    The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels.
-    With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the bin's mass is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum
-    of three terms that neither cancel nor underflow, however improbable the pixel, so no approximate low-probability branch
-    is needed (PixelCNN++ has one); an edge bin just leaves out the terms of the edge that it does not have.
-    """
-    channels = x.shape[1]
-    logits, means, log_scales, coefficients = _dmol_split(params, channels)
-    x = x.to(means.dtype).unsqueeze(2)  # (B, C, 1, H, W), against M components
-    lowest, highest = x < -1 + 1 / 255, x > 1 - 1 / 255
-    log_p = logits.log_softmax(1)  # (B, M, H, W)
-    pair = 0
-    for c in range(channels):
-        mean = means[:, c]
-        for j in range(c):  # channel coupling: R, then G given R, then B given R and G
-            mean = mean + coefficients[:, pair] * x[:, j]
-            pair += 1
-        inverse_scale = torch.exp(-log_scales[:, c])
-        centred = x[:, c] - mean
-        log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below the bin
-        log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)  # log σ(a): not above the bin
-        log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))  # log(1 - e^(b-a))
-        log_bin = log_above + log_below + log_width
-        log_p = log_p + torch.where(lowest[:, c], log_below, torch.where(highest[:, c], log_above, log_bin))
-    return torch.logsumexp(log_p, 1).sum((1, 2))
 
-def dmol_sample(params, mean=False, mixtures=MIXTURES):
-    """Draw x ~ p(x), or with `mean` its expected value: params (B, P, H, W) -> (B, C, H, W) on the 256-level grid.
+def dmol_sample(params, mean=False):
+    """A sample of the mixture with params (B, P, H, W), or its mean -> (B, C, H, W) on the grid."""
+    p_x = Dmol(params)
+    return p_x.mean if mean else p_x.sample()
 
-    The expected value ignores the rounding and clips every component's mean to [-1, 1].
-    """
-    per_component = params.shape[1] // mixtures  # = (C + 1)(C + 2)/2, solved for C
-    channels = (math.isqrt(8 * per_component + 1) - 3) // 2
-    logits, means, log_scales, coefficients = _dmol_split(params, channels)
-    if not mean:
-        chosen = torch.distributions.Categorical(logits=logits.movedim(1, -1), validate_args=False).sample()  # (B, H, W)
-        pick = lambda values: values.gather(2, chosen[:, None, None].expand(-1, values.shape[1], -1, -1, -1))
-        means, log_scales, coefficients = pick(means), pick(log_scales), pick(coefficients)  # M = 1 from here on
-    x, pair = [], 0
-    for c in range(channels):
-        value = means[:, c]
-        for j in range(c):
-            value = value + coefficients[:, pair] * x[j]
-            pair += 1
-        if not mean:  # inverse CDF of the logistic; rounding here conditions the next channel on what the pixel will be
-            value = quantize(value + log_scales[:, c].exp() * torch.logit(torch.rand_like(value), eps=2**-25))  # rand can be 0
-        x.append(value.clamp(-1, 1))
-    x = torch.stack(x, 1)  # (B, C, M or 1, H, W)
-    weights = logits.softmax(1).unsqueeze(1) if mean else 1
-    return quantize((weights * x).sum(2))
 
-# ---- Metrics ----------------------------------------------------------------------------------------------------------
+# ---- Metrics of likelihoods ----------------------------------------------------------------------
 
 def bits_per_dim(nats, dims):
-    """Nats per image -> bits per dimension, nats / (D ln 2). `dims` is always the D = C·H·W of x, whatever was coded."""
+    """Nats per image -> bits per dimension, nats / (D ln 2). `dims` is always D = C·H·W of x."""
     return nats / (dims * math.log(2))
 
+
 def log_mean_exp(log_w, dim=0):
-    """log 1/S Σ_s exp(log_w_s) over `dim`, the importance-weighted bound from log-weights in nats (Burda et al. 2015, Eq. (8))."""
+    """log 1/S Σ_s exp(log_w_s) over `dim`, log_w in nats (Burda et al. 2015, Eq. (8))."""
     return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
 
+
 def psnr(x, y):
-    """Peak signal-to-noise ratio in decibels, per image: two (B, C, H, W) in [-1, 1] -> (B,); infinite where they are equal."""
+    """Peak signal-to-noise ratio in dB, per image: two (B, C, H, W) in [-1, 1] -> (B,)."""
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
-# The next three take any model with `terms(x)`, `log_weights(x, samples)` and `sample(n)`; precision and seed are the caller's.
-# Under torchrun every process must call the first two, and those of features below: each does its share.
 
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
-    sums = merged({i: {name: values.cpu().double().sum().item() for name, values in model.terms(x).items()} for i, x in shared(batches)})
-    return {name: sum(row[name] for row in sums.values()) / batches.count for name in sums[0]}
+    sums = {}
+    for x in batches:
+        for name, values in model.terms(x).items():
+            # To the CPU first: mps has no double.
+            sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
+    means = {name: total / batches.count for name, total in sums.items()}
+    if not math.isfinite(sum(means.values())):
+        raise FloatingPointError(f"the bound is not finite, {means}; the last checkpoint is kept")
+    return means
 
-def importance_weighted(model, batches, samples, dims, kept=os.devnull):
-    """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. (8)), averaged over a split, in bits per dimension.
 
-    iw_bpd_se is the standard error of that average over images; iw_elbo_bpd is E[log w], the plain bound, from the same weights of
-    the same images: what iw_bpd is to be held against. Sums over samples and images are float64. What is done is appended to the
-    file `kept`, from which a stopped call goes on; it is deleted at the end. (The null device, the default, keeps nothing.)
+def importance_weighted(model, batches, samples, dims):
+    """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. (8)), over a split.
+
+    iw_bpd is its average in bits per dimension, iw_bpd_se the standard error of that average over
+    images. iw_elbo_bpd is E[log w], the plain bound, from the same weights of the same images: what
+    iw_bpd is to be held against. Sums over samples and images are float64.
     """
-    done, start, shown = {}, time.perf_counter(), 0  # done: {number of the batch: bounds, plain bounds of its images}
-    for line in Path(kept).read_text().splitlines() if os.path.exists(kept) else ():
-        with contextlib.suppress(ValueError):  # a line cut short, as the process was killed
-            i, row = json.loads(line)
-            done[i] = row
-    total = math.ceil(batches.count / batches.batch_size)
-    before = finished = len(done)  # batches, of all processes
-    for i, x in shared(batches):
-        if i in done:
-            continue
-        log_w = model.log_weights(x, samples).cpu().double()  # (S, B); in this order: mps has no double
-        done[i] = [log_mean_exp(log_w).tolist(), log_w.mean(0).tolist()]
-        with open(kept, "a") as file:
-            file.write("\n" + json.dumps([i, done[i]]))  # in this order, so that one cut short has a line of its own
-        seconds, finished = time.perf_counter() - start, min(finished + processes()[1], total)
-        if seconds > shown + 30:
-            shown, left = seconds, seconds * (total - finished) / (finished - before)
-            print(f"importance weighting: {min(finished * batches.batch_size, batches.count)} of {batches.count} images  "
-                  f"{timedelta(seconds=int(seconds))} < {timedelta(seconds=int(left))}", flush=True)
-    bounds = [torch.tensor(sum(rows, []), dtype=torch.float64) for rows in zip(*merged(done).values())]
-    if kept != os.devnull and processes()[0] == 0:
-        Path(kept).unlink(missing_ok=True)
-    bpd, elbo_bpd = (bits_per_dim(-nats, dims) for nats in bounds)
-    return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": bpd.std(correction=min(1, len(bpd) - 1)).item() / len(bpd)**0.5, "iw_samples": samples,
+    bounds = []
+    plain_bounds = []
+    start = shown = time.perf_counter()
+    for x in batches:
+        log_w = model.log_weights(x, samples).cpu().double()  # (S, B)
+        bounds.append(log_mean_exp(log_w))
+        plain_bounds.append(log_w.mean(0))
+        if time.perf_counter() > shown + 30:
+            shown = time.perf_counter()
+            done = min(len(bounds) * batches.batch_size, batches.count)
+            seconds = shown - start
+            left = seconds * (batches.count - done) / done
+            print(f"importance weighting: {done} of {batches.count} images  "
+                  f"{clock(seconds)} < {clock(left)}", flush=True)
+    bpd = bits_per_dim(-torch.cat(bounds), dims)
+    elbo_bpd = bits_per_dim(-torch.cat(plain_bounds), dims)
+    sd = bpd.std(correction=min(1, len(bpd) - 1)).item()
+    return {"iw_bpd": bpd.mean().item(), "iw_bpd_se": sd / len(bpd)**0.5, "iw_samples": samples,
             "iw_images": len(bpd), "iw_elbo_bpd": elbo_bpd.mean().item()}
 
+
 def seconds_to_sample(model, n, runs=10):
-    """Seconds to draw n images: the mean of `runs`, after one to warm up (Table 2's last column, there of 100)."""
+    """Seconds to sample n images: the mean of `runs`, after one to warm up (Table 2: n = 100)."""
     model.sample(n).cpu()
     start = time.perf_counter()
     for _ in range(runs):
         model.sample(n).cpu()  # waits for the device
     return (time.perf_counter() - start) / runs
 
-# ---- Metrics of pictures: FID, Inception Score, distances of reconstructions --------------------------------------------
+
+def linear_probe(train, train_labels, test, test_labels, epochs=20):
+    """Errors of a linear classifier of features (N, d) with labels int64 (N,), in percent.
+
+    -> their mean on the test set over five seeds, half the width of its 95 % interval (DC-VAE
+    paper, Table 6, whose 5 trials may be of the whole model). Softmax regression on standardised
+    features by Adam, rate 0.01 falling to 0.
+    """
+    mean = train.mean(0)
+    sd = train.std(0).clamp(min=0.01)  # no division by 0 where a feature is constant
+    train = (train - mean) / sd
+    test = (test - mean) / sd
+    classes = int(train_labels.max()) + 1
+    errors = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        linear = nn.Linear(train.shape[1], classes).to(train.device)
+        optimizer = torch.optim.Adam(linear.parameters())
+        for epoch in range(epochs):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - epoch / epochs)
+            for index in torch.randperm(len(train), device=train.device).split(500):
+                loss = F.cross_entropy(linear(train[index]), train_labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        wrong = linear(test).argmax(1) != test_labels
+        errors.append(100 * wrong.double().mean())
+    errors = torch.stack(errors)
+    return errors.mean().item(), 2.776 * errors.std().item() / 5**0.5  # Student's t, five seeds
+
+
+# ---- Metrics of pictures: distances, FID, Inception Score ----------------------------------------
 
 def pixel_distance(x, y):
-    """‖x - y‖² with pixels in [0, 1], summed over the image: two (B, C, H, W) in [-1, 1] -> (B,)."""
+    """‖x - y‖² with pixels in [0, 1], summed over the image: (B, C, H, W) in [-1, 1] -> (B,)."""
     return (x - y).float().square().sum((1, 2, 3)) / 4
 
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
 VGG_URL = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
-def weights_file(url, path, data_dir):
-    """`path` or, without one, data_dir/downloads/NAME, downloaded from `url` if missing and checked against the hash in its name."""
-    file = Path(path or Path(data_dir, "downloads", url.split("/")[-1]))
+
+def weights_file(url):
+    """The file of `url` in torch.hub's cache; downloaded, its hash checked, where it is missing."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     try:
-        if not (path or file.exists()):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, file, file.stem.split("-")[-1], progress=False)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, path.stem.split("-")[-1], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: another hash
-        raise UserError(f"{file} is missing ({error}): download {url} and put it there") from None
-    return file
+        raise UserError(f"{path} is missing ({error}): download {url} and put it there") from None
+    return path
+
 
 def _load(net, path):
-    """A network on the meta device, without weights, -> the same with those of a state dict's file, for inference. UserError if they do not fit."""
+    """A network on the meta device -> the same with the weights of a file, for inference."""
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
-        raise UserError(f"{path} is missing, damaged or holds no weights of {type(net).__name__}") from None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(weights, assign=True)
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError,
+            pickle.UnpicklingError):
+        name = type(net).__name__
+        raise UserError(f"{path} is missing, damaged or holds no weights of {name}") from None
     return net.eval().requires_grad_(False)
 
-def _pooled_by(pool):
-    """Forward hook for a block of Inception: its last branch, and last channels, behind `pool` instead of torchvision's mean."""
-    def replace(block, inputs, output):
-        branch = block.branch_pool(pool(inputs[0]))
-        return torch.cat([output[:, :-branch.shape[1]], branch], 1)
-    return replace
 
 class InceptionFeatures(nn.Module):
-    """The Inception network of FID and Inception Score, TensorFlow's of 2015-12-05, from a state dict in pytorch-fid's format.
+    """The network of FID and Inception Score: TensorFlow's Inception of 2015-12-05.
 
-    uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008), fp32; what a row is depends on its own image only.
-    It is torchvision's Inception v3 but for four things of the original: how images are resized; means over 3x3 that leave out
-    what lies beyond the border; in the last block the largest instead of the mean; no biases in the logits (Salimans et al. 2016).
+    uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008), fp32; a row depends on
+    its own image only. Weights are a state dict in pytorch-fid's format. It is torchvision's
+    Inception v3 but for four things of the original: how images are resized; means over 3x3 that
+    leave out what lies beyond the border; in the last block the largest instead of the mean; no
+    biases in the logits (Salimans et al. 2016).
     """
 
     def __init__(self, weights_path):
         super().__init__()
-        with torch.device("meta"):  # no initial weights: they would take time, and the random numbers of others
-            net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        with torch.device("meta"):  # no initial weights: they would use up random numbers
+            net = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False)
         self.net = _load(net, weights_path)
         self.logit_weights = self.net.fc.weight  # (1008, 2048)
         self.net.fc = nn.Identity()
         for name, block in self.net.named_children():
             if name == "Mixed_7c":
-                block.register_forward_hook(_pooled_by(lambda h: F.max_pool2d(h, 3, 1, 1)))
+                block.register_forward_hook(_pool_by_largest)
             elif hasattr(block, "branch_pool"):
-                block.register_forward_hook(_pooled_by(lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False)))
+                block.register_forward_hook(_pool_by_mean_inside)
         self.eval()
 
     def forward(self, images):
         x = (images.float() - 128) / 128  # as in 2015, and not quite from_uint8
-        for dim in (2, 3):  # TensorFlow 1's bilinear resize: row i of 299 lies at row i·H/299, with no shift of half a pixel
-            length = x.shape[dim]
-            at = torch.arange(299, device=x.device) * length / 299
-            low, share = at.long(), (at - at.floor()).view((299, 1) if dim == 2 else (299,))
-            x = x.index_select(dim, low).lerp(x.index_select(dim, (low + 1).clamp(max=length - 1)), share)
+        x = _resize_rows(x, 299)
+        x = _resize_rows(x.transpose(2, 3), 299).transpose(2, 3)
         with torch.autocast(x.device.type, enabled=False):
             features = self.net(x.expand(-1, 3, -1, -1))
             return features, features @ self.logit_weights.T
 
+
+def _resize_rows(x, count):
+    """TensorFlow 1's bilinear resize of (B, C, H, W) to `count` rows.
+
+    Row i lies at row i·H/count of x, with no shift of half a pixel.
+    """
+    H = x.shape[2]
+    at = torch.arange(count, device=x.device) * H / count
+    low = at.long()
+    high = (low + 1).clamp(max=H - 1)
+    share = (at - low).view(count, 1)
+    return x.index_select(2, low).lerp(x.index_select(2, high), share)
+
+
+def _pool_by_largest(block, inputs, output):
+    """Forward hook of an Inception block: its last branch behind a maximum over 3x3."""
+    branch = block.branch_pool(F.max_pool2d(inputs[0], 3, 1, 1))
+    return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+
+
+def _pool_by_mean_inside(block, inputs, output):
+    """Forward hook of an Inception block: its last branch behind means of what is inside."""
+    branch = block.branch_pool(F.avg_pool2d(inputs[0], 3, 1, 1, count_include_pad=False))
+    return torch.cat([output[:, :-branch.shape[1]], branch], 1)
+
+
 class VGGFeatures(nn.Module):
-    """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict: (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8)."""
+    """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict.
+
+    (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8).
+    """
 
     def __init__(self, weights_path):
         super().__init__()
@@ -726,90 +840,295 @@ class VGGFeatures(nn.Module):
         self.net = _load(net, weights_path).features[:23]
 
     def forward(self, x):
-        x = TF.normalize((x.float().expand(-1, 3, -1, -1) + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        x = (x.float().expand(-1, 3, -1, -1) + 1) / 2
+        x = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         with torch.autocast(x.device.type, enabled=False):
             return self.net(x)
 
+
+def load_network(Network, url, metric, device):
+    """InceptionFeatures or VGGFeatures with the weights of `url`.
+
+    None, and a line that says why, where they cannot be had: the metric is an extra.
+    """
+    try:
+        return Network(weights_file(url)).to(device)
+    except UserError as error:
+        print(f"no {metric}: {error}", flush=True)
+        return None
+
+
 def perceptual_distance(vgg, x, y):
-    """Mean squared difference of VGGFeatures (DC-VAE paper, A.7): two (B, C, H, W) in [-1, 1] -> (B,)."""
+    """Mean squared difference of VGGFeatures (DC-VAE paper, A.7): two (B, C, H, W) -> (B,)."""
     return (vgg(x) - vgg(y)).square().mean((1, 2, 3))
 
+
 def feature_statistics(inception, batches):
-    """Pairs as from `shared`, a number and uint8 images (B, C, H, W), read one by one -> mean (2048,) and covariance of the features
-    of all processes, float64; class probabilities (N, 1008)."""
-    total, products, probabilities = 0, 0, {}  # Σ f, Σ f fᵀ
-    for i, images in batches:
+    """uint8 batches (B, C, H, W) -> mean (2048,), covariance of features; probabilities (N, 1008).
+
+    Float64. Batches are read one by one and only sums over them are kept.
+    """
+    total = 0
+    products = 0
+    probabilities = []
+    for images in batches:
         features, logits = inception(images)
         features = features.cpu().double()  # in this order: mps has no double
-        total, products = total + features.sum(0), products + features.T @ features
-        probabilities[i] = logits.softmax(1).cpu()
-    probabilities = torch.cat(list(merged(probabilities).values()))
+        total = total + features.sum(0)
+        products = products + features.T @ features
+        probabilities.append(logits.softmax(1).cpu())
+    probabilities = torch.cat(probabilities)
     n = len(probabilities)
-    totals, all_products = zip(*merged({processes()[0]: (total, products)}).values())  # one of each process
-    mean = sum(totals) / n
-    return mean, (sum(all_products) - n * torch.outer(mean, mean)) / max(1, n - 1), probabilities
+    mean = total / n
+    covariance = (products - n * torch.outer(mean, mean)) / max(1, n - 1)
+    return mean, covariance, probabilities
+
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), the squared W₂ distance of two Gaussians (Heusel et al. 2017, Eq. (6)), >= 0.
+    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½) ≥ 0 of two Gaussians (Heusel et al. 2017, Eq. (6)).
 
-    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. That matrix is symmetric, so they are real, and those
-    below 0 are rounding, also where a covariance is singular, as it is with fewer images than features.
+    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. That matrix is
+    symmetric: they are real, and those below 0 are rounding, also where a covariance is singular,
+    as it is with fewer images than features.
     """
-    values, vectors = torch.linalg.eigh(cov1.double())
+    cov1 = cov1.double()
+    cov2 = cov2.double()
+    values, vectors = torch.linalg.eigh(cov1)
     A = vectors * values.clamp(min=0).sqrt()
-    root_trace = torch.linalg.eigvalsh(A.T @ cov2.double() @ A).clamp(min=0).sqrt().sum()
-    distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * root_trace
+    root_trace = torch.linalg.eigvalsh(A.T @ cov2 @ A).clamp(min=0).sqrt().sum()
+    means = (mean1 - mean2).double().square().sum()
+    distance = means + cov1.trace() + cov2.trace() - 2 * root_trace
     return max(distance.item(), 0.0)  # in this order NaN stays NaN
 
+
 def inception_score(probabilities, splits=10):
-    """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) from (N, classes) -> mean and sd over `splits` parts, each with its own p(y)."""
-    parts = probabilities.double().tensor_split(min(splits, len(probabilities)))
-    scores = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp() for p in parts]
-    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
+    """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) from (N, classes) -> mean and sd.
 
-def load_inception(path, data_dir, device):
-    """InceptionFeatures from `path` or, without one, downloaded. None, and a line that says why, where that fails: FID is an extra."""
-    return _load_network(InceptionFeatures, INCEPTION_URL, path, data_dir, device, "FID", "--inception_weights")
+    Over `splits` parts, each with its own p(y).
+    """
+    scores = []
+    for p in probabilities.double().tensor_split(min(splits, len(probabilities))):
+        kl = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)
+        scores.append(kl.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
 
-def load_vgg(path, data_dir, device):
-    """The same for VGGFeatures."""
-    return _load_network(VGGFeatures, VGG_URL, path, data_dir, device, "perceptual distance", "--vgg_weights")
 
-def _load_network(Network, url, path, data_dir, device, metric, flag):
-    first, network = processes()[0] == 0, None
-    if not first:
-        barrier()  # the first downloads
-    try:
-        network = Network(weights_file(url, path, data_dir)).to(device)
-    except UserError as error:
-        if path:
-            raise
-        print(f"no {metric}: {error}, or name its place with {flag}", flush=True)
-    if first:
-        barrier()
-    return None if summed(torch.tensor(network is None)).item() else network  # all or none
+def sample_batches(model, count, batch_size=100):
+    """`count` samples of the model as uint8 batches, each sampled when it is asked for."""
+    for start in range(0, count, batch_size):
+        yield to_uint8(model.sample(min(batch_size, count - start)))
 
-def draws(model, count, batch_size=100):
-    """This process's share of `count` samples: uint8 batches, drawn when they are asked for, numbered as by `shared`."""
-    for i, start in shared(range(0, count, batch_size)):
-        yield i, to_uint8(model.sample(min(batch_size, count - start)))
-
-def levels(batches):
-    """The images of `batches` as `feature_statistics` takes them."""
-    return ((i, to_uint8(x)) for i, x in shared(batches))
 
 def reference_statistics(inception, images, device):
-    """{split: feature_statistics} of the training images, those for validation included, and of the test images."""
-    return {split: feature_statistics(inception, levels(Batches(array, 100, device)))
-            for split, array in (("train", images.train.array), ("test", images.test))}
+    """{split: feature_statistics} of all training images, valid ones included, and of the test."""
+    references = {}
+    for split, array in (("train", images.train.array), ("test", images.test)):
+        batches = Batches(array, 100, device)
+        references[split] = feature_statistics(inception, (to_uint8(x) for x in batches))
+    return references
+
 
 def inception_metrics(inception, batches, references):
-    """FID of numbered uint8 batches against each of {split: feature_statistics}, their Inception Score, and how many images each stands on."""
+    """FID of uint8 batches against each of {split: feature_statistics}, and Inception Score.
+
+    Beside each number stands how many images it is made of.
+    """
     mean, cov, probabilities = feature_statistics(inception, batches)
     score, sd = inception_score(probabilities)
-    results = {"inception_score": score, "inception_score_sd": sd, "fid_images": len(probabilities)}
-    for split, (mean_ref, cov_ref, p_ref) in references.items():
-        results |= {f"fid_{split}": frechet_distance(mean, cov, mean_ref, cov_ref), f"fid_{split}_images": len(p_ref)}
-    if min(value for name, value in results.items() if name.endswith("images")) < 10_000:
-        warnings.warn("FID from fewer than 10,000 images is biased upwards: compare it only with FID from as many")
+    n = len(probabilities)
+    results = {"inception_score": score, "inception_score_sd": sd, "fid_images": n}
+    for split, (mean_ref, cov_ref, probabilities_ref) in references.items():
+        results[f"fid_{split}"] = frechet_distance(mean, cov, mean_ref, cov_ref)
+        results[f"fid_{split}_images"] = len(probabilities_ref)
+        n = min(n, len(probabilities_ref))
+    if n < 10_000:
+        warnings.warn("FID from fewer than 10,000 images is biased upwards: "
+                      "compare it only with FID from as many")
     return results
+
+
+# ---- The log: log.jsonl, the console, results.json, curves.png -----------------------------------
+
+def mean_over_steps(rows, step):
+    """[{name: scalar tensor}] of the steps up to `step` -> {name: mean over steps and processes}.
+
+    FloatingPointError, which names the step and its values, where one is not finite.
+    """
+    columns = []
+    for name in rows[0]:
+        columns.append(torch.stack([row[name] for row in rows]))
+    table = sum_over_processes(torch.stack(columns)) / processes()[1]  # (names, steps)
+    for i, values in enumerate(table.T):
+        if not values.isfinite().all():
+            named = dict(zip(rows[0], values.tolist()))
+            raise FloatingPointError(f"step {step - len(rows) + 1 + i} is not finite, {named}; "
+                                     "the last checkpoint is kept")
+    return dict(zip(rows[0], table.mean(1).tolist()))
+
+
+def log_row(folder, state, split, values, dims=None, ending=""):
+    """Append {"step", "split", **values, "seconds"} to log.jsonl, and print it as one line.
+
+    With `dims` the values are the terms of a bound, in nats per image: their sum is logged as
+    "bpd", and the line shows bits per dimension.
+    """
+    if dims is None:
+        text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+    else:
+        bpd = bits_per_dim(sum(values.values()), dims)
+        parts = [f"{name} {bits_per_dim(nats, dims):.3f}" for name, nats in values.items()]
+        text = f"bpd {bpd:.4f} = {' + '.join(parts)}"
+        values = {"bpd": bpd, **values}
+    row = {"step": state["step"], "split": split, **values, "seconds": state["seconds"]}
+    if processes()[0] == 0:
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"step {state['step']}  {split}  {text}{ending}", flush=True)
+
+
+def log_training(folder, state, step, total, rows, batch_size, dims=None):
+    """`log_row` of the means of the last steps' `rows`, with images/s, time spent < time left.
+
+    It waits for the device. state["seconds"] is the time in training, without evaluation.
+    """
+    values = mean_over_steps(rows, step)
+    seconds = time.perf_counter() - state["start"]
+    rate = len(rows) * batch_size / (seconds - state["seconds"])
+    left = seconds * (total - step) / step
+    state["step"] = step
+    state["seconds"] = seconds
+    ending = f"  {rate:.0f} img/s  {clock(seconds)} < {clock(left)}"
+    log_row(folder, state, "train", values, dims, ending)
+
+
+def clock(seconds):
+    """Seconds -> "h:mm:ss"."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def write_results(folder, results, table=None):
+    """results.json, and a line on the console for each number.
+
+    `table` {row: {column: number}} is printed as one, and stored as {row_column: number}.
+    """
+    stored = dict(results)
+    for row, numbers in (table or {}).items():
+        for column, number in numbers.items():
+            stored[f"{row}_{column}"] = number
+    (folder / "results.json").write_text(json.dumps(stored, indent=1))
+    for name, value in results.items():
+        print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value}")
+    if table:
+        columns = next(iter(table.values()))
+        print(f"{'':24}", *(f"{column:>10}" for column in columns))
+        for row, numbers in table.items():
+            print(f"{row:24}", *(f"{number:10.3f}" for number in numbers.values()))
+
+
+def draw_curves(folder, names):
+    """curves.png: for each of `names` a panel, training blue, validation orange, from log.jsonl.
+
+    A step that stands there twice, as a run was resumed from before it, has its later line.
+    """
+    records = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        if line.endswith("}"):  # else it was cut short as the process was killed
+            records.append(json.loads(line))
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(max(6, 3 * columns), max(4, 2.5 * rows)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for name, axes in zip(names, panels):
+        for split, colour in (("train", "C0"), ("valid", "C1")):
+            curve = {r["step"]: r[name] for r in records if r["split"] == split and name in r}
+            if len(curve) > 50:  # the first 2 % of the steps would flatten the rest
+                first = max(curve) / 50
+                curve = {step: value for step, value in curve.items() if step > first}
+            if curve:
+                axes.plot(list(curve), list(curve.values()), ".-", color=colour, label=split)
+        axes.set(title=name, xlabel="step")
+    for axes in panels[len(names):]:
+        axes.axis("off")
+    panels[0].legend()
+    figure.savefig(folder / "curves.png")
+
+
+# ---- Devices and processes: under torchrun there are several, each with its share of a batch -----
+
+def choose_device(cfg):
+    """Settle --device, --dtype and --compile where they are open; meet the other processes."""
+    if cfg.device == "auto":
+        cfg.device = "cpu"
+        if torch.cuda.is_available():
+            cfg.device = "cuda"
+        elif torch.backends.mps.is_available():
+            cfg.device = "mps"
+    if cfg.device == "cuda" and "LOCAL_RANK" in os.environ:
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU for each process
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
+        raise UserError(f"there is no --device {cfg.device} here; take auto or cpu, "
+                        "and no more processes than GPUs") from None
+    modern = False  # from Ampere on: computes in bf16, can compile
+    if cfg.device.startswith("cuda"):
+        modern = torch.cuda.get_device_capability(cfg.device) >= (8, 0)
+    if cfg.dtype == "auto":
+        cfg.dtype = "bf16" if modern else "fp32"
+    if cfg.compile is None:
+        cfg.compile = modern and sys.platform == "linux"
+    join_processes(cfg.device)
+
+
+def join_processes(device):
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs.
+
+    All but the first fall silent.
+    """
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group(timeout=timedelta(days=1))  # the first has to evaluate
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def processes():
+    """-> the rank of this process, how many there are: (0, 1) unless started by torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier():
+    """Wait until every process has come here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def sum_over_processes(values):
+    """Tensor -> its sum over all processes, float64 on the CPU, the same bits in each of them."""
+    values = values.detach().cpu().double().clone()
+    if processes()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_batch(values):
+    """(B, …) of each process -> (processes·B, …), in the order in which `Batches` dealt them."""
+    world = processes()[1]
+    if world == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world)]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def seed_noise(*numbers):
+    """From here on random numbers follow from `numbers` alone: in training (seed, step, rank).
+
+    So a resumed run of as many processes has the noise of an unbroken one.
+    """
+    torch.manual_seed(zlib.crc32(repr(numbers).encode()))
