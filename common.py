@@ -1026,32 +1026,46 @@ def write_results(folder, results, table=None):
             print(f"{row:24}", *(f"{number:10.3f}" for number in numbers.values()))
 
 
-def draw_curves(folder, names):
-    """curves.png: for each of `names` a panel, training blue, validation orange, from log.jsonl.
+def draw_curves(folder, names=None):
+    """curves.png, from log.jsonl: for each of `names` a panel, training blue, validation orange.
 
-    A step that stands there twice, as a run was resumed from before it, has its later line.
+    By default all that is logged, counts of images apart. A step that stands there twice, as a run
+    was resumed from before it, has its later line.
     """
     records = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         if line.endswith("}"):  # else it was cut short as the process was killed
             records.append(json.loads(line))
+    if names is None:
+        names = []
+        for name in dict.fromkeys(name for record in records for name in record):
+            if not name.endswith(("step", "split", "seconds", "images")):
+                names.append(name)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(max(6, 3 * columns), max(4, 2.5 * rows)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for name, axes in zip(names, panels):
         for split, colour in (("train", "C0"), ("valid", "C1")):
-            curve = {r["step"]: r[name] for r in records if r["split"] == split and name in r}
-            if len(curve) > 50:  # the first 2 % of the steps would flatten the rest
-                first = max(curve) / 50
-                curve = {step: value for step, value in curve.items() if step > first}
-            if curve:
-                axes.plot(list(curve), list(curve.values()), ".-", color=colour, label=split)
+            steps, values = curve_of(records, name, split)
+            if steps:
+                axes.plot(steps, values, ".-", color=colour, label=split)
         axes.set(title=name, xlabel="step")
     for axes in panels[len(names):]:
         axes.axis("off")
     panels[0].legend()
     figure.savefig(folder / "curves.png")
+
+
+def curve_of(records, name, split):
+    """-> steps and values of one key of log.jsonl; of more than 50, the first 2 % are left out.
+
+    They would flatten the rest.
+    """
+    curve = {r["step"]: r[name] for r in records if r["split"] == split and name in r}
+    first = max(curve) / 50 if len(curve) > 50 else 0
+    steps = [step for step in sorted(curve) if step > first]
+    return steps, [curve[step] for step in steps]
 
 
 # ---- Devices and processes: under torchrun there are several, each with its share of a batch -----

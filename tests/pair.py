@@ -1,8 +1,10 @@
-"""What tests/test_scale.py has two processes do: each line of a JSON file [[script, [flags]], …] in turn, as main() would be called.
+"""What tests/test_scale.py has two processes do: main() of a script, for each line of a file.
 
     torchrun --nproc_per_node 2 tests/pair.py LINES.json
 
-With `Plain` in force nothing is random but the batches and no weight is updated, so that what is left over can be compared with one process.
+The file is [[script, [flags], folder or null], …]. With a folder, `plain` is in force: nothing is
+random but the batches and no weight is updated, so what is left over can be compared with one
+process.
 """
 
 import contextlib
@@ -16,57 +18,94 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Normal
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+def nothing(*arguments, **options):
+    """In place of evaluations and figures."""
+
+
+def mean_of(distribution, shape=torch.Size()):
+    """In place of a Gaussian's samples."""
+    return distribution.loc.expand(distribution._extended_shape(shape))
+
+
+def unshifted(pixels):
+    """In place of augmentation."""
+    return pixels
+
+
+def fixed_batch_norm(layer, h):
+    """In place of batch norm in training: its averages stay as they are, and are used."""
+    return F.batch_norm(h, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+
+
+def halves(x):
+    return torch.full_like(x, 0.5)
+
+
+def zeros(*shape, device=None):
+    return torch.zeros(*shape, device=device)
 
 
 @contextlib.contextmanager
 def plain(folder):
-    """Noise is its mean, images stay unshifted, batch norm and spectral norm stay as they are; an update only writes its gradients to
-    `folder`; no evaluation and no figures."""
+    """Noise is its mean, images stay unshifted, batch norm and spectral norm stay as they are.
+
+    An update only writes its gradients to `folder`. No evaluation and no figures.
+    """
     import common
     import pytest
     from conftest import SCRIPTS
 
-    modules = [common, *map(importlib.import_module, SCRIPTS)]  # before anything is patched: they import it by name
+    # Before anything is patched: they import it by name.
+    scripts = [importlib.import_module(script) for script in SCRIPTS]
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = {"rand_like": 0.5, "randn_like": 0.0, "randn": 0.0}
+    seed_noise = common.seed_noise
 
     def note(optimizer):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        torch.save(gradients, folder / f"{common.processes()[0]}-{len(list(folder.glob(f'{common.processes()[0]}-*')))}.pt")
+        rank, _ = common.processes()
+        gradients = []
+        for group in optimizer.param_groups:
+            gradients += [p.grad for p in group["params"]]
+        number = len(list(folder.glob(f"{rank}-*")))
+        torch.save(gradients, folder / f"{rank}-{number}.pt")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Normal, "rsample", lambda self, shape=torch.Size(): self.loc.expand(self._extended_shape(shape)))
-        patch.setattr(common, "augment", lambda levels: levels)
-        patch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, h: F.batch_norm(h, self.running_mean, self.running_var, self.weight, self.bias))
+        def no_noise(*numbers):
+            """The first call comes after the networks and the queue are made."""
+            seed_noise(*numbers)
+            with open(folder / f"seeds-{common.processes()[0]}", "a") as file:
+                file.write(json.dumps(numbers) + "\n")
+            spectral_norm = torch.nn.utils.parametrizations._SpectralNorm
+            patch.setattr(spectral_norm, "_power_method", nothing)
+            patch.setattr(torch, "rand_like", halves)
+            patch.setattr(torch, "randn_like", torch.zeros_like)
+            patch.setattr(torch, "randn", zeros)
+
+        patch.setattr(Normal, "rsample", mean_of)
+        patch.setattr(common, "augment", unshifted)
+        patch.setattr(torch.nn.BatchNorm2d, "forward", fixed_batch_norm)
+        patch.setattr(Figure, "savefig", nothing)
         for optimizer in (torch.optim.Adam, torch.optim.Adamax):
             patch.setattr(optimizer, "step", note)
-        seed = common.seed_noise
-
-        def no_noise(*given):  # the first call comes after the networks and the queue are made
-            seed(*given)
-            with open(folder / f"seeds-{common.processes()[0]}", "a") as file:
-                file.write(json.dumps(given) + "\n")
-            patch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "_power_method", lambda *arguments: None)
-            patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, numbers["rand_like"]))
-            patch.setattr(torch, "randn_like", torch.zeros_like)
-            patch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(*shape, device=device))
-        patch.setattr(Figure, "savefig", lambda *arguments, **options: None)
-        for module in modules[1:]:
-            patch.setattr(module, "evaluate", lambda *arguments: None)
-            patch.setattr(module, "draw", lambda *arguments: None)
-        for module in modules:
-            patch.setattr(module, "seed_noise", no_noise)
+        patch.setattr(common, "seed_noise", no_noise)
+        for script in scripts:
+            patch.setattr(script, "seed_noise", no_noise)
+            patch.setattr(script, "evaluate", nothing)
+            patch.setattr(script, "save_figures", nothing)
         yield
 
 
 def main(lines):
-    from conftest import SCRIPTS, call
+    """-> the largest exit code of the calls, which are printed as a list."""
     import common
+    from conftest import SCRIPTS, call
     common.join_processes("cpu")
     common.seconds_to_sample.__defaults__ = (1,)
     for script in SCRIPTS:
-        importlib.import_module(script).draw = lambda *arguments: None
+        importlib.import_module(script).save_figures = nothing
     codes = []
     for script, flags, gradients in lines:
         with plain(Path(gradients)) if gradients else contextlib.nullcontext():

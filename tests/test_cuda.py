@@ -1,0 +1,124 @@
+"""A GPU that is not there: all models on fake CUDA tensors, which have shapes and devices only.
+
+An operation raises where a tensor was left on the CPU, or where the host would read a value and so
+wait for the device. Forward passes only: autograd does not work on fake CUDA.
+"""
+
+import warnings
+
+import common
+import pytest
+import selfvae
+import torch
+from dcvae import DCVAE
+from dcvae import Config as DCVAEConfig
+from realnvp import Config as RealNVPConfig
+from realnvp import RealNVP
+from selfvae import Config as SelfVAEConfig
+from selfvae import SelfVAE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vae import VAE
+from vae import Config as VAEConfig
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu():
+    """Inside every test all tensors are fake; networks run under autocast, where there is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without CUDA this autocast switches itself off
+        autocast = torch.autocast("cuda", torch.bfloat16)
+    with FakeTensorMode(), torch.no_grad(), autocast:
+        yield
+
+
+def on_gpu(Model, cfg, image_shape=(3, 16, 16)):
+    """A model as `main` makes it, and a batch of images for it."""
+    with torch.device("cuda"):
+        model = Model(cfg, image_shape)
+    model.to(memory_format=torch.channels_last)
+    return model, torch.zeros(4, *image_shape, device="cuda")
+
+
+def assert_on_gpu(*tensors):
+    """On the GPU, and not by way of a number."""
+    for tensor in tensors:
+        assert isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("prior", ["normal", "mog", "realnvp"])
+def test_vae(prior):
+    """Bound, weights, samples, reconstructions, interpolations, with every prior."""
+    model, x = on_gpu(VAE, VAEConfig(small=True, prior=prior))
+    assert_on_gpu(*model.terms(x).values(), model.log_weights(x, 2))
+    assert_on_gpu(model.sample(2), model.sample(2, 0.5, mean=True), model.reconstruct(x))
+    assert_on_gpu(model.interpolate(x, x, 3))
+
+
+@pytest.mark.parametrize("prior", ["normal", "realnvp"])
+@pytest.mark.parametrize("levels, transform", [
+    (0, "downscale"), (1, "downscale"), (2, "downscale"), (1, "sketch"), (1, "grayscale"),
+    (1, "edges"), (1, "posterize")])
+def test_selfvae(levels, transform, prior):
+    """Bound, weights and all operations, with every transformation."""
+    cfg = SelfVAEConfig(small=True, levels=levels, transform=transform, prior=prior)
+    model, x = on_gpu(SelfVAE, cfg, (3, 32, 32))
+    assert_on_gpu(*model.terms(x).values(), model.log_weights(x, 2), model.sample(2))
+    for operation, sent in model.operations.items():
+        known, q = model.infer(x, sent)
+        values, p = model.decode(known, len(x))
+        assert_on_gpu(*values.values(), *(p[name].log_prob(known[name]) for name in known))
+        assert_on_gpu(model.reconstruct(x, mean=True, operation=operation))
+    assert_on_gpu(model.interpolate(x, x, 3, base=prior == "realnvp"), model.vary(x, ["u"], 2))
+
+
+@pytest.mark.parametrize("image_shape", [(3, 16, 16), (2, 1, 1)], ids=["images", "points"])
+def test_realnvp(image_shape):
+    """Flow and inverse, with dequantization and without."""
+    model, x = on_gpu(RealNVP, RealNVPConfig(small=True), image_shape)
+    assert_on_gpu(*model.terms(x).values(), model.log_weights(x, 2), model.sample(2, 0.5))
+    assert_on_gpu(model.interpolate(x, x, 3), model.inverse_error(x))
+
+
+@pytest.mark.parametrize("loss", ["vae", "vaegan", "contrastive", "dcvae"])
+def test_dcvae(loss):
+    """The losses of both players, keys and queue, and what figures are drawn with."""
+    cfg = DCVAEConfig(small=True, loss=loss, negatives=20, patch_after=0)
+    model, x = on_gpu(DCVAE, cfg)
+    where, keys = None, None
+    if model.contrastive:
+        where, keys = model.encode_keys(x, patches=True)
+        assert_on_gpu(where, *keys.values())
+    assert_on_gpu(*model(x, where, keys).values())
+    if model.discriminator:
+        assert_on_gpu(*model(x, where, keys, critic=True).values())
+    if keys:
+        model.enqueue(keys)
+    model.eval()
+    assert_on_gpu(model.sample(2), model.reconstruct(x), model.interpolate(x, x, 3))
+    assert_on_gpu(model.mix(x, x), model.edit(x, torch.zeros(128, device="cuda"), [0, 1]))
+
+
+def test_augmentation():
+    """Flips and shifts of a batch that lies on the device."""
+    pixels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8, device="cuda")
+    assert_on_gpu(common.augment(pixels), common.from_uint8(pixels))
+
+
+def left_on_the_cpu(y, dim, offset):
+    """`selfvae.shifted` with an index that is not where y is."""
+    index = torch.arange(y.shape[dim], device="cpu") + offset
+    return y.index_select(dim, index.clamp(0, y.shape[dim] - 1))
+
+
+def read_by_the_host(y, dim, offset):
+    """`selfvae.shifted` with a look at a pixel."""
+    return y * int(y.amax().item() > 0)
+
+
+@pytest.mark.parametrize("fault", [left_on_the_cpu, read_by_the_host])
+def test_faults_are_seen(fault, monkeypatch):
+    """Else all of the above would pass whatever the code did."""
+    model, x = on_gpu(SelfVAE, SelfVAEConfig(small=True, transform="sketch"), (3, 32, 32))
+    monkeypatch.setattr(selfvae, "shifted", fault)
+    with pytest.raises(Exception):
+        model.terms(x)
