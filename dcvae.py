@@ -405,7 +405,6 @@ class DCVAE(nn.Module):
         self.cfg = cfg
         self.adversarial = cfg.loss in ("vaegan", "dcvae")
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
-        # Weights of the losses: Eqs. (5), (9) are sums.
         self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight,
                         "d_gan": 1, "d_contrast": 1}
         decoder_width, width = WIDTHS["small" if cfg.small else "full"]
@@ -671,13 +670,14 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if time.perf_counter() > state["saved"] + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
+                state["saved"] = time.perf_counter()
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state, judge)
     save(folder / "last.pt", cfg, model, optimizer, state)
 
 
 def update(model, optimizer, terms):
-    """One step of Adam for the player whose terms these are -> their means over the batch."""
+    """One step of Adam on the weighted terms of a player, Eqs. (5), (9) -> their means."""
     loss = sum(model.weights[name] * terms[name].mean() for name in model.weights if name in terms)
     optimizer.zero_grad()
     loss.backward()
@@ -1011,7 +1011,6 @@ def save(path, cfg, model, optimizer, state):
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}, aside)
         os.replace(aside, path)
-        state["saved"] = time.perf_counter()
 
 
 def autocast(cfg):

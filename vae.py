@@ -309,10 +309,12 @@ class Coupling(nn.Module):
         return s * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
+        """z -> v (B, C, H, W) and log |det ∂v/∂z| (B,)."""
         s, t = self.s_t(z)
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
     def inverse(self, v):
+        """v -> z (B, C, H, W)."""
         s, t = self.s_t(v)  # those of z: what passed is the same in both
         return (v - t) * torch.exp(-s)
 
@@ -552,6 +554,7 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if time.perf_counter() > state["saved"] + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
+                state["saved"] = time.perf_counter()
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state)
     save(folder / "last.pt", cfg, model, optimizer, state)
@@ -745,7 +748,6 @@ def save(path, cfg, model, optimizer, state):
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}, aside)
         os.replace(aside, path)
-        state["saved"] = time.perf_counter()
 
 
 def autocast(cfg):

@@ -1,6 +1,9 @@
-"""The paper's Figure 3 from finished runs of dcvae.py: python tests/compare.py OUT.png RUN_FOLDER … Not collected by pytest.
+"""The paper's Figure 3 from finished runs of dcvae.py. Not collected by pytest.
 
-Columns are runs, named by --loss, with the pixel distance of results.json: eight test images, their reconstructions, eight samples.
+    python tests/compare.py OUT.png RUN_FOLDER …
+
+Columns are runs, named by --loss, with the pixel distance of results.json: eight test images, their
+reconstructions, eight samples.
 """
 
 import json
@@ -16,14 +19,24 @@ def main(out, *folders):
     figure = Figure(figsize=(10, 0.7 * (len(folders) + 1.2)), layout="constrained")
     axes = figure.subplots(len(folders) + 1, 2, squeeze=False)
     for row, folder in enumerate(map(Path, folders), 1):
-        cfg, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
-        pictures = [matplotlib.image.imread(folder / name / "test.png") for name in ("reconstructions", "samples")]
+        cfg, results = (
+            json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
+        )
+        pictures = [
+            matplotlib.image.imread(folder / name / "test.png")
+            for name in ("reconstructions", "samples")
+        ]
         side = (pictures[0].shape[1] - 2) // 8
-        line = lambda picture, i: picture[i * side:(i + 1) * side + 2]
+
+        def line(picture, i):
+            return picture[i * side : (i + 1) * side + 2]
+
         axes[0, 0].imshow(line(pictures[0], 0), interpolation="nearest")
         axes[row, 0].imshow(line(pictures[0], 1), interpolation="nearest")
         axes[row, 1].imshow(line(pictures[1], 0), interpolation="nearest")
-        axes[row, 0].set_ylabel(f"{cfg['loss']} {results['pixel_distance']:.1f}", rotation=0, ha="right", va="center")
+        axes[row, 0].set_ylabel(
+            f"{cfg['loss']} {results['pixel_distance']:.1f}", rotation=0, ha="right", va="center"
+        )
     axes[0, 0].set_ylabel("x", rotation=0, ha="right", va="center")
     axes[0, 0].set_title("reconstructions (beside the name: pixel distance)", fontsize=9)
     axes[1, 1].set_title("samples", fontsize=9)
