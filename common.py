@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch.distributions import Categorical, Distribution
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import InterpolationMode
@@ -987,16 +988,15 @@ def log_row(folder, state, split, values, dims=None, ending=""):
         print(f"step {state['step']}  {split}  {text}{ending}", flush=True)
 
 
-def log_training(folder, state, step, total, rows, batch_size, dims=None):
+def log_training(folder, state, total, rows, batch_size, dims=None):
     """`log_row` of the means of the last steps' `rows`, with images/s, time spent < time left.
 
     It waits for the device. state["seconds"] is the time in training, without evaluation.
     """
-    values = mean_over_steps(rows, step)
+    values = mean_over_steps(rows, state["step"])
     seconds = time.perf_counter() - state["start"]
     rate = len(rows) * batch_size / (seconds - state["seconds"])
-    left = seconds * (total - step) / step
-    state["step"] = step
+    left = seconds * (total - state["step"]) / state["step"]
     state["seconds"] = seconds
     ending = f"  {rate:.0f} img/s  {clock(seconds)} < {clock(left)}"
     log_row(folder, state, "train", values, dims, ending)
@@ -1049,11 +1049,12 @@ def draw_curves(folder, names=None):
         for split, colour in (("train", "C0"), ("valid", "C1")):
             steps, values = curve_of(records, name, split)
             if steps:
-                axes.plot(steps, values, ".-", color=colour, label=split)
+                axes.plot(steps, values, ".-", color=colour)
         axes.set(title=name, xlabel="step")
     for axes in panels[len(names):]:
         axes.axis("off")
-    panels[0].legend()
+    panels[0].legend(handles=[Line2D([], [], color="C0", marker=".", label="train"),
+                              Line2D([], [], color="C1", marker=".", label="valid")])
     figure.savefig(folder / "curves.png")
 
 

@@ -636,11 +636,12 @@ def train(cfg, model, images, folder, checkpoint):
     if world > 1 and data.device.type == "cuda":  # CPUs have none, torch.compile cannot trace it
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         cfg = dataclasses.replace(cfg, compile=False)
-    players = parallel(cfg, model, find_unused_parameters=True)
+    players = parallel(cfg, model, find_unused_parameters=model.discriminator is not None)
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
         seed_noise(cfg.seed, step, rank)
+        state["step"] = step
         batches = data.batch(step - 1, rank, world).chunk(d_steps)
         x = batches[-1]
         where = keys = None
@@ -666,7 +667,7 @@ def train(cfg, model, images, folder, checkpoint):
         rows.append(row)
 
         if step % cfg.log_every == 0 or step == total:
-            log_training(folder, state, step, total, rows, data.batch_size)
+            log_training(folder, state, total, rows, data.batch_size)
             rows = []
             if time.perf_counter() > state["saved"] + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
@@ -734,6 +735,8 @@ def evaluate(cfg, model, images, folder, state):
 
     Beside each number stands how it was made.
     """
+    if images.labels is not None:
+        label_values(cfg, images, "train")  # a wrong flag is told before anything is written
     with inference(cfg, model):
         test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
         vgg = None
@@ -779,8 +782,12 @@ def distances(model, batches, vgg=None):
             columns["perceptual_distance"].append(perceptual_distance(vgg, x, x_hat).cpu())
     kl = torch.cat(columns.pop("kl")).mean(0)  # (L,)
     means = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
-    return {**means, "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(),
-            "active": (kl > 0.05).sum().item()}
+    results = {**means, "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(),
+               "active": (kl > 0.05).sum().item()}
+    if not math.isfinite(sum(results.values())):
+        raise FloatingPointError(f"the distances are not finite, {results}; "
+                                 "the last checkpoint is kept")
+    return results
 
 
 # Changed from vae.py: of reconstructions too

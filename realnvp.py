@@ -461,6 +461,7 @@ def train(cfg, model, images, folder, checkpoint):
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
+        state["step"] = step
         seed_noise(cfg.seed, step, rank)
         x = data.batch(step - 1, rank, world)
         with autocast(cfg):
@@ -479,7 +480,7 @@ def train(cfg, model, images, folder, checkpoint):
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
         if step % cfg.log_every == 0 or step == total:
-            log_training(folder, state, step, total, rows, data.batch_size, dims)
+            log_training(folder, state, total, rows, data.batch_size, dims)
             rows = []
             if time.perf_counter() > state["saved"] + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)

@@ -1,11 +1,15 @@
-"""Draws the figures of the derivations with the scripts' own functions: python docs/figures.py levels | mixture | tighten RUN_FOLDER | holes
+"""Draws the figures of the derivations with the scripts' own functions.
 
-    levels     selfVAE's graph for K = 2, generation and inference                                                  a second
-    mixture    a mixture of three logistics, the 256 probabilities that it gives to the levels, their logarithms     a second
-    tighten    bounds of S importance samples: a linear model with known log p(x), and a trained vae.py               minutes
-    holes      MNIST (downloaded) with two latents: codes of all images, prior, draws, for N(0, 1) and for a flow    minutes
+    python docs/figures.py levels                a second: selfVAE's graph for K = 2
+    python docs/figures.py mixture               a second: a mixture of three logistics, the 256
+                                                 probabilities that it gives, their logarithms
+    python docs/figures.py tighten RUN_FOLDER    minutes: bounds of S importance samples, of a
+                                                 linear model with known log p(x) and of a vae.py
+    python docs/figures.py holes                 minutes: MNIST (downloaded), two latents: codes,
+                                                 prior, samples, for N(0, 1) and for a flow
 
-Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is from `python realnvp.py --dataset moons`.
+Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
+from `python realnvp.py --dataset moons`.
 """
 
 import sys
@@ -20,13 +24,8 @@ from torch.distributions import Independent, Normal
 FOLDER = Path(__file__).resolve().parent / "figures"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import (
-    Batches,
-    dmol_log_prob,
-    from_uint8,
-    load_images,
-    log_mean_exp,
-)  # noqa: E402 (needs the path above)
+from common import (  # noqa: E402 (needs the path above)
+    Batches, dmol_log_prob, from_uint8, load_images, log_mean_exp)
 from realnvp import Couplings, mlp  # noqa: E402
 import vae  # noqa: E402
 
@@ -180,7 +179,7 @@ def tighten(run):
         alpha=0.2,
         linewidth=0,
     )
-    # E[w²] / p(x)² of one value: ∫ N(z; 0, 1)² N(x; z, 1)² / N(z; x/2, 1) dz / N(x; 0, 2)² = 2/√3,
+    # E[w²]/p(x)² of one value: ∫ N(z; 0, 1)² N(x; z, 1)² / N(z; x/2, 1) dz / N(x; 0, 2)² = 2/√3,
     # whatever x is
     left.plot(
         sizes,
@@ -217,10 +216,11 @@ def tighten(run):
         ylabel="bound - ELBO, nats",
         title="a trained vae.py, 8 test images",
     )
-    print(
-        f"sd of log w, nats: {log_w.std(0).mean():.1f}; gain of S = 512 over the ELBO: "
-        f"{(log_mean_exp(log_w.view(8, 512, 8), 1).mean(0) - log_w.mean(0)).mean():.1f}; of 4096: {(log_mean_exp(log_w) - log_w.mean(0)).mean():.1f}"
-    )
+    elbo = log_w.mean(0)
+    gain_512 = (log_mean_exp(log_w.view(8, 512, 8), 1).mean(0) - elbo).mean()
+    gain_4096 = (log_mean_exp(log_w) - elbo).mean()
+    print(f"sd of log w, nats: {log_w.std(0).mean():.1f}; gain over the ELBO of S = 512: "
+          f"{gain_512:.1f}; of 4096: {gain_4096:.1f}")
     figure.savefig(FOLDER / "tighten.png", dpi=90)
 
 

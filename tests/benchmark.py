@@ -1,15 +1,21 @@
-"""Speed and memory at the paper's size, on this machine. Not collected by pytest. Each line is measured in a process of its own.
+"""Speed and memory at the paper's size, on this machine. Not collected by pytest.
 
-python tests/benchmark.py                train step of every script and mode
-python tests/benchmark.py growth         the same against size, levels, batch; importance weighting against S; docs/figures/growth.png
-python tests/benchmark.py importance     importance weighting against a plain loop of full forward passes
-python tests/benchmark.py sampling       seconds to draw 1 and 100 images
-python tests/benchmark.py roof           GFLOP/s of large matrix products: what a step's are to be held against
-python tests/benchmark.py streaming      a set that is read from disk against the same one in memory
-python tests/benchmark.py step vae 32 0 32 bf16          one: script, side of the images, levels, batch, mode; see `measure`
+    python tests/benchmark.py               train step of every script and mode
+    python tests/benchmark.py growth        the same against size, levels, batch; importance
+                                            weighting against S; docs/figures/growth.png
+    python tests/benchmark.py importance    importance weighting against a plain loop of full
+                                            forward passes
+    python tests/benchmark.py sampling      seconds to sample 1 and 100 images
+    python tests/benchmark.py roof          GFLOP/s of large matrix products, to hold steps against
+    python tests/benchmark.py streaming     a set that is read from disk against the same in memory
+    python tests/benchmark.py step vae 32 0 32 bf16
+                                            one: script, side, levels, batch, mode; see `measure`
+
+Each train step is measured in a process of its own.
 """
 
 import contextlib
+import importlib
 import json
 import resource
 import subprocess
@@ -18,175 +24,240 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-HEAD = "| model | side | batch | mode | images/s | GiB | GFLOP an image | GFLOP/s |\n|---|---|---|---|---|---|---|---|"
-CASES = [
-    *(("vae", 32, 0, 32, mode) for mode in ("released", "fp32", "bf16", "bf16-accumulate4")),
-    *(("selfvae", 32, 1, 32, mode) for mode in ("released", "fp32", "bf16", "bf16-accumulate4")),
-    *(
-        (*case, mode)
-        for case in (("selfvae", 64, 2, 8), ("realnvp", 32, 0, 64), ("dcvae", 32, 0, 64))
-        for mode in ("fp32", "bf16")
-    ),
+
+import common  # noqa: E402 (needs the path above)
+import dcvae  # noqa: E402
+import realnvp  # noqa: E402
+import selfvae  # noqa: E402
+import vae  # noqa: E402
+
+HEAD = ("| model | side | batch | mode | images/s | GiB | GFLOP an image | GFLOP/s |\n"
+        "|---|---|---|---|---|---|---|---|")
+CASES = [  # script, side of the images, levels, batch, mode
+    ("vae", 32, 0, 32, "released"), ("vae", 32, 0, 32, "fp32"), ("vae", 32, 0, 32, "bf16"),
+    ("selfvae", 32, 1, 32, "released"), ("selfvae", 32, 1, 32, "fp32"),
+    ("selfvae", 32, 1, 32, "bf16"), ("selfvae", 64, 2, 8, "fp32"), ("selfvae", 64, 2, 8, "bf16"),
+    ("realnvp", 32, 0, 64, "fp32"), ("realnvp", 32, 0, 64, "bf16"),
+    ("dcvae", 32, 0, 64, "fp32"), ("dcvae", 32, 0, 64, "bf16"),
 ]
-GROWTH = [
-    *(("vae", size, 0, 4, "fp32") for size in (32, 64, 128)),
-    *(("selfvae", 64, levels, 4, "fp32") for levels in (0, 1, 2, 3)),
-    *(("vae", 32, 0, batch, "fp32") for batch in (1, 2, 8, 16, 32)),
-]
+SIDES = [("vae", side, 0, 4, "fp32") for side in (32, 64, 128)]
+LEVELS = [("selfvae", 64, levels, 4, "fp32") for levels in (0, 1, 2, 3)]
+BATCHES = [("vae", 32, 0, batch, "fp32") for batch in (1, 2, 4, 8, 16, 32)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def peak():
     """Peak memory of this process, or of its GPU, in GiB."""
-    import torch
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB -> GiB on Linux
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB -> GiB on Linux
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else host
 
+def released_forward(block, h):
+    """A dense block in the order of work of the selfVAE authors' predecessor.
 
-def as_released(model):
-    """The order of work of the selfVAE authors' predecessor:
-
-    ELU of the whole concatenation after each step, no channels-last memory.
+    ELU of the whole concatenation after each layer, none within.
     """
-    import torch
-    import torch.nn.functional as F
-
-    def forward(self, h):
-        for step in self.steps:
-            h = F.elu(torch.cat([h, step[2](step[0](h))], 1))
-        return self.attention(h)
-
-    for block in model.modules():
-        if type(block).__name__ == "DenseBlock":
-            type(block).forward = forward
-    return model.to(memory_format=torch.contiguous_format)
+    for layer in block.layers:
+        h = F.elu(torch.cat([h, layer[2](layer[0](h))], 1))
+    return block.attention(h)
 
 
-def measure(script, size, levels, batch, mode, steps=3):
-    """Images/s over `steps` training steps after two to warm up, in the second of which FLOPs are counted, and peak memory. Modes are
-    fp32, bf16 and compile (bf16), each with -accumulateN, and released (fp32). A step of dcvae is its whole game: images of D's updates.
-    """
-    import importlib
+def noise(batch, side):
+    """A batch of images."""
+    x = torch.randint(256, (batch, 3, side, side), device=DEVICE) / 127.5 - 1
+    return x.to(memory_format=torch.channels_last)
 
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+def make(script, side, levels=0):
+    """A bound's model at the paper's size, initialised."""
     torch.manual_seed(0)
-    dtype, _, parts = mode.partition("-accumulate")
-    module, device, parts = (
-        importlib.import_module(script),
-        "cuda" if torch.cuda.is_available() else "cpu",
-        int(parts or 1),
-    )
-    precision = "bf16" if dtype in ("bf16", "compile") else "fp32"
+    if script == "selfvae":
+        model = selfvae.SelfVAE(selfvae.Config(levels=levels), (3, side, side))
+    elif script == "realnvp":
+        model = realnvp.RealNVP(realnvp.Config(), (3, side, side))
+    else:
+        model = vae.VAE(vae.Config(), (3, side, side))
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    if script != "realnvp":
+        model.initialize(noise(2, side))
+    return model
+
+
+def measure(script, side, levels, batch, mode, steps=3):
+    """Print a row: images/s over `steps` training steps after two to warm up, peak memory, FLOPs.
+
+    Modes are fp32, bf16, compile (bf16) and released (fp32). A step of dcvae is its whole game:
+    images of D's updates. FLOPs are counted in the second step; what is compiled is not counted.
+    """
+    dtype = "bf16" if mode in ("bf16", "compile") else "fp32"
     counter = FlopCounterMode(display=False)
     if script == "dcvae":
-        seconds, count = game(
-            module.Config(
-                batch_size=batch,
-                accumulate=parts,
-                dtype=precision,
-                device=device,
-                compile=dtype == "compile",
-            ),
-            size,
-            steps,
-            counter,
-        )
+        cfg = dcvae.Config(batch_size=batch, dtype=dtype, device=DEVICE, compile=mode == "compile")
+        seconds = game_seconds(cfg, side, steps, counter)
+        images = cfg.d_steps * cfg.batch_size
     else:
-        cfg = module.Config(levels=levels) if script == "selfvae" else module.Config()
-        Model = {"vae": "VAE", "selfvae": "SelfVAE", "realnvp": "RealNVP"}[script]
-        model = getattr(module, Model)(cfg, (3, size, size)).to(
-            device, memory_format=torch.channels_last
-        )
-        model = as_released(model) if mode == "released" else model
-        x = (torch.randint(256, (batch, 3, size, size), device=device) / 127.5 - 1).to(
-            memory_format=torch.channels_last
-        )
-        if script != "realnvp":
-            model.initialize(x[:2])
-        optimizer = (torch.optim.Adam if script == "realnvp" else torch.optim.Adamax)(
-            model.parameters()
-        )
-        terms_of = torch.compile(model.terms, fullgraph=True) if dtype == "compile" else model.terms
-
-        def step():
-            optimizer.zero_grad()
-            for part in x.chunk(parts):
-                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                    terms = terms_of(part)
-                (sum(terms.values()).mean() / parts).backward()
-            optimizer.step()
-            return next(iter(terms.values()))[0].item()  # waits for the device
-
-        step()
-        with counter if dtype != "compile" else contextlib.nullcontext():
-            step()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        seconds, count = (time.perf_counter() - start) / steps, batch
-    work = counter.get_total_flops() / count / 1e9  # what is compiled is not counted
+        seconds = bound_seconds(script, side, levels, batch, mode, steps, counter)
+        images = batch
+    work = counter.get_total_flops() / images / 1e9
     name = f"{script} K = {levels}" if script == "selfvae" else script
-    print(
-        f"| {name} | {size} | {batch} | {mode} | {count / seconds:.2f} | {peak():.2f} | {work:.2f} | {work * count / seconds:.0f} |",
-        flush=True,
-    )
+    print(f"| {name} | {side} | {batch} | {mode} | {images / seconds:.2f} | {peak():.2f} "
+          f"| {work:.2f} | {work * images / seconds:.0f} |", flush=True)
 
 
-def game(cfg, size, steps, counter):
-    """dcvae.py's own `train` on noise -> seconds a step, from its log; images a step."""
-    import common
-    import dcvae
-    import numpy as np
-    import torch
+def bound_seconds(script, side, levels, batch, mode, steps, counter):
+    """Seconds a training step of vae, selfvae or realnvp."""
+    model = make(script, side, levels)
+    if mode == "released":
+        for block in model.modules():
+            if type(block).__name__ == "DenseBlock":
+                type(block).forward = released_forward
+        model = model.to(memory_format=torch.contiguous_format)
+    x = noise(batch, side)
+    optimizer = torch.optim.Adamax(model.parameters())
+    terms_of = torch.compile(model.terms, fullgraph=True) if mode == "compile" else model.terms
 
-    dcvae.distances, dcvae.draw = (
-        lambda *arguments: {"kl": 0.0},
-        lambda *arguments: None,
-    )  # steps only
-    noise = np.random.default_rng(0).integers(0, 256, (400, size, size, 3), np.uint8)
-    model = dcvae.DCVAE(cfg, (3, size, size)).to(cfg.device, memory_format=torch.channels_last)
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=mode in ("bf16", "compile")):
+            terms = terms_of(x)
+        loss = sum(terms.values()).mean()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+
+    step()
+    with counter if mode != "compile" else contextlib.nullcontext():
+        step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - start) / steps
+
+
+def nothing(*arguments):
+    """In place of validation."""
+
+
+def game_seconds(cfg, side, steps, counter):
+    """Seconds a step of dcvae.py's own `train` on noise, from its log."""
+    dcvae.validate = nothing
+    pixels = np.random.default_rng(0).integers(0, 256, (400, side, side, 3), np.uint8)
+    images = common.Images("noise", side, pixels[:384], pixels[384:], pixels, None, False)
+    model = dcvae.DCVAE(cfg, (3, side, side)).to(DEVICE, memory_format=torch.channels_last)
     cfg.log_every = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        folder, images = Path(folder), common.Images(
-            "noise", size, noise[:384], noise[384:], noise, None, False
-        )
-        (folder / "log.jsonl").write_text("")
         cfg.steps = 1
         with counter:
-            dcvae.train(cfg, model, images, folder, None)
-        (folder / "log.jsonl").write_text("")
+            dcvae.train(cfg, model, images, Path(folder), None)
         cfg.steps = steps + 1
-        dcvae.train(cfg, model, images, folder, None)
-        seconds = [
-            json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()
-        ]
-    return (seconds[steps] - seconds[0]) / steps, cfg.d_steps * cfg.batch_size
+        dcvae.train(cfg, model, images, Path(folder), None)
+        lines = Path(folder, "log.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    return (seconds[steps] - seconds[0]) / steps
+
+
+def step(*case):
+    """`measure` in a process of its own -> its row, printed too."""
+    command = [sys.executable, __file__, "step", *map(str, case)]
+    row = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    print(row, flush=True)
+    return row
+
+
+def growth():
+    """The table, and one panel for each thing that grows, logarithmic: seconds and GiB."""
+    print(HEAD)
+    measured = {}  # seconds, GiB, TFLOP
+    for case in dict.fromkeys([*SIDES, *LEVELS, *BATCHES]):
+        cells = [cell.strip() for cell in step(*case).split("|")]
+        batch = case[3]
+        tflop = float(cells[7]) * batch / 1000
+        measured[case] = (batch / float(cells[5]), float(cells[6]), tflop)
+    samples = {S: importance_seconds(S) for S in (1, 4, 16, 64)}
+    for S, seconds in samples.items():
+        print(f"| importance weighting, vae 32x32, one image, bf16 | S = {S} | {seconds:.3f} s |")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    *panels, last = figure.subplots(1, 4)
+    groups = (("side of the images (vae)", SIDES, 1), ("levels K (selfvae, 64x64)", LEVELS, 2),
+              ("batch (vae, 32x32)", BATCHES, 3))
+    for axes, (title, cases, position) in zip(panels, groups):
+        ticks = [case[position] for case in cases]
+        for column, name in enumerate(("seconds a step", "GiB", "TFLOP a step")):
+            axes.plot(ticks, [measured[case][column] for case in cases], ".-", label=name)
+        axes.set(title=title, yscale="log", xscale="linear" if 0 in ticks else "log",
+                 xticks=ticks, xticklabels=ticks)
+        axes.minorticks_off()
+    panels[0].legend(fontsize="small")
+    last.plot(list(samples), list(samples.values()), ".-")
+    last.set(title="S (one image), seconds", xscale="log", yscale="log",
+             xticks=list(samples), xticklabels=list(samples))
+    last.minorticks_off()
+    figure.savefig(ROOT / "docs" / "figures" / "growth.png", dpi=80)
+
+
+def importance_seconds(S):
+    """Seconds for the log-weights of one image, in bf16."""
+    model = make("vae", 32)
+    x = noise(1, 32)
+    with vae.inference(vae.Config(device=DEVICE, dtype="bf16"), model):
+        model.log_weights(x, S)
+        start = time.perf_counter()
+        model.log_weights(x, S)
+        return time.perf_counter() - start
+
+
+def importance(S=32):
+    """Milliseconds an image and sample of eight images.
+
+    Full forward passes in fp32, one after another; then log_weights of the same.
+    """
+    print("| model | how | ms an image and sample | times faster |\n|---|---|---|---|")
+    x = noise(8, 32)
+    for script, levels in (("vae", 0), ("selfvae", 1)):
+        model = make(script, 32, levels)
+        with torch.no_grad():
+            model.terms(x)
+            start = time.perf_counter()
+            for _ in range(8):
+                model.terms(x)
+            plain = 1000 * (time.perf_counter() - start) / 8 / len(x)
+        print(f"| {script} | loop of forward passes, fp32 | {plain:.1f} | 1.0 |", flush=True)
+        for dtype in ("fp32", "bf16"):
+            with vae.inference(vae.Config(device=DEVICE, dtype=dtype), model):
+                model.log_weights(x, 2)
+                start = time.perf_counter()
+                model.log_weights(x, S)
+            spent = 1000 * (time.perf_counter() - start) / S / len(x)
+            print(f"| {script} | log_weights, {dtype} | {spent:.1f} | {plain / spent:.1f} |",
+                  flush=True)
 
 
 def sampling():
-    """Seconds to draw images of full size, the mean of three."""
-    import common
-
+    """Seconds to sample images of full size, the mean of three."""
     print("| model | precision | 1 image | 100 images |\n|---|---|---|---|")
-    for script in ("vae", "selfvae"):
-        module, model, _ = bound(script)
+    for script, levels in (("vae", 0), ("selfvae", 1)):
+        model = make(script, 32, levels)
         for dtype in ("fp32", "bf16"):
-            with module.inference(module.Config(device="cpu", dtype=dtype)):
-                one, hundred = (common.seconds_to_sample(model, n, runs=3) for n in (1, 100))
+            with vae.inference(vae.Config(device=DEVICE, dtype=dtype), model):
+                one = common.seconds_to_sample(model, 1, runs=3)
+                hundred = common.seconds_to_sample(model, 100, runs=3)
             print(f"| {script} | {dtype} | {one:.3f} | {hundred:.2f} |", flush=True)
 
 
 def roof(side=4096):
     """The best of five products of square matrices, by precision."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.randn(side, side, device=device).to(dtype), []
+        a = torch.randn(side, side, device=DEVICE).to(dtype)
+        times = []
         for _ in range(5):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the device
@@ -194,184 +265,55 @@ def roof(side=4096):
         print(f"{dtype}: {2e-9 * side**3 / min(times):.0f} GFLOP/s", flush=True)
 
 
-def step(*case):
-    """`measure` in a process of its own -> its row, printed too."""
-    row = subprocess.run(
-        [sys.executable, __file__, "step", *map(str, case)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    print(row, flush=True)
-    return row
+def streaming(gib=6, side=64):
+    """Training steps of vae.py --small, batch 32, in bf16, on a memory-mapped file of `gib` GiB.
 
-
-def growth():
-    """The table, and one panel for each thing that grows, logarithmic: seconds and GiB."""
-    from matplotlib.figure import Figure
-
-    print(HEAD)
-    rows = {case: step(*case) for case in GROWTH}
-    cells = {case: [cell.strip() for cell in row.split("|")] for case, row in rows.items()}
-    cells = {
-        case: (case[3] / float(cell[5]), float(cell[6]), float(cell[7]) * case[3] / 1000)
-        for case, cell in cells.items()
-    }  # seconds, GiB, TFLOP
-    samples = {S: importance_seconds(S) for S in (1, 4, 16, 64)}
-    for S, seconds in samples.items():
-        print(
-            f"| importance weighting, vae 32x32, one image, bf16 | S = {S} | {seconds:.3f} s |",
-            flush=True,
-        )
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    panels = [
-        (
-            "side of the images (vae)",
-            {c[1]: v for c, v in cells.items() if c[0] == "vae" and c[3] == 4},
-        ),
-        ("levels K (selfvae, 64x64)", {c[2]: v for c, v in cells.items() if c[0] == "selfvae"}),
-        (
-            "batch (vae, 32x32)",
-            {
-                c[3]: v
-                for c, v in sorted(cells.items(), key=lambda item: item[0][3])
-                if c[0] == "vae" and c[1] == 32
-            },
-        ),
-    ]
-    axes = figure.subplots(1, 4)
-    for ax, (title, values) in zip(axes, panels):
-        for column, name in enumerate(("seconds a step", "GiB", "TFLOP a step")):
-            ax.plot(list(values), [v[column] for v in values.values()], marker=".", label=name)
-        ax.set(
-            title=title,
-            yscale="log",
-            xscale="linear" if 0 in values else "log",
-            xticks=list(values),
-            xticklabels=list(values),
-        )
-        ax.minorticks_off()
-    axes[0].legend(fontsize="small")
-    axes[3].plot(list(samples), list(samples.values()), marker=".")
-    axes[3].set(
-        title="S (one image), seconds",
-        xscale="log",
-        yscale="log",
-        xticks=list(samples),
-        xticklabels=list(samples),
-    )
-    axes[3].minorticks_off()
-    figure.savefig(ROOT / "docs" / "figures" / "growth.png", dpi=80)
-
-
-def bound(script):
-    """A model of full size and eight images."""
-    import importlib
-
-    import torch
-
-    torch.manual_seed(0)
-    module = importlib.import_module(script)
-    model = (module.VAE if script == "vae" else module.SelfVAE)(module.Config(), (3, 32, 32)).to(
-        memory_format=torch.channels_last
-    )
-    x = (torch.randint(256, (8, 3, 32, 32)) / 127.5 - 1).to(memory_format=torch.channels_last)
-    model.initialize(x)
-    return module, model, x
-
-
-def importance_seconds(S):
-    """Seconds for the log-weights of one image, in bf16."""
-    module, model, x = bound("vae")
-    with module.inference(module.Config(device="cpu", dtype="bf16")):
-        model.log_weights(x[:1], S)
-        start = time.perf_counter()
-        model.log_weights(x[:1], S)
-        return time.perf_counter() - start
-
-
-def importance():
-    """Milliseconds an image and sample:
-
-    full forward passes of 8 images in fp32, one after another, then log_weights of the same.
+    And on as many of its images as fit into memory.
     """
-    import torch
-
-    print("| model | how | ms an image and sample | times faster |\n|---|---|---|---|")
-    for script in ("vae", "selfvae"):
-        module, model, x = bound(script)
-        plain = None
-        for how, dtype, S in (
-            ("loop of forward passes", "fp32", 8),
-            ("log_weights", "fp32", 64),
-            ("log_weights", "bf16", 64),
-        ):
-            with (
-                module.inference(module.Config(device="cpu", dtype=dtype))
-                if plain
-                else torch.no_grad()
-            ):
-                run = (
-                    (lambda S: [model.terms(x) for _ in range(S)])
-                    if plain is None
-                    else (lambda S: model.log_weights(x, S))
-                )
-                run(2)
-                start = time.perf_counter()
-                run(S)
-            spent = 1000 * (time.perf_counter() - start) / S / len(x)
-            plain = plain or spent
-            print(f"| {script} | {how}, {dtype} | {spent:.1f} | {plain / spent:.1f} |", flush=True)
-
-
-def streaming(gib=6, size=64):
-    """Training steps of vae.py --small on a memory-mapped file of `gib` GiB, more than
-    RESIDENT_BYTES, and on as many of its images as fit.
-    """
-    import common
-    import numpy as np
-    import torch
-    import vae
-
-    count = gib * 2**30 // (3 * size**2)
+    common.RESIDENT_BYTES = int(gib * 2**29)  # half of it
+    count = int(gib * 2**30) // (3 * side**2)
+    cfg = vae.Config(small=True, dtype="bf16", device=DEVICE)
+    model = vae.VAE(cfg, (3, side, side)).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adamax(model.parameters())
+    (ROOT / "data").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
-        array = np.lib.format.open_memmap(
-            Path(folder) / "train.npy", "w+", np.uint8, (count, size, size, 3)
-        )
-        block = np.random.default_rng(0).integers(0, 256, (4096, size, size, 3), np.uint8)
+        path = Path(folder, "train.npy")
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, (count, side, side, 3))
+        block = np.random.default_rng(0).integers(0, 256, (4096, side, side, 3), np.uint8)
         for start in range(0, count, 4096):
-            array[start : start + 4096] = block[: count - start]
+            array[start:start + 4096] = block[:count - start]
         array.flush()
-        cfg = vae.Config(small=True, dtype="bf16", device="cpu")
-        model = vae.VAE(cfg, (3, size, size)).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.Adamax(model.parameters())
-        for name, images in (
-            ("in memory", array[:10_000]),
-            (f"streamed, {array.nbytes / 2**30:.1f} GiB", array),
-        ):
-            data = common.Batches(images, 32, "cpu")
-            assert (data.resident is None) == (images is array)
+        sets = {"in memory": array[:10_000], f"streamed, {gib} GiB": array}
+        for name, images in sets.items():
+            data = common.Batches(images, 32, DEVICE)
             model.initialize(data.batch(0))
+            times = []
             for i in range(22):
-                start = time.perf_counter() if i == 2 else start if i else 0
+                start = time.perf_counter()
                 with vae.autocast(cfg):
                     loss = sum(model.terms(data.batch(i)).values()).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            print(
-                f"{name}: {(time.perf_counter() - start) / 20:.3f} s a step of 32 images",
-                flush=True,
-            )
+                times.append(time.perf_counter() - start)
+            kept = "resident" if data.resident else "memory-mapped"
+            print(f"{name} ({kept}): {sum(times[2:]) / 20:.3f} s a step of 32 images", flush=True)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["step"]:
-        script, size, levels, batch, mode = sys.argv[2:]
-        measure(script, int(size), int(levels), int(batch), mode)
-    elif sys.argv[1:]:
-        globals()[sys.argv[1]]()
+def main(words):
+    """One of the commands above; none: the train steps."""
+    if words[:1] == ["step"]:
+        script, side, levels, batch, mode = words[1:]
+        measure(script, int(side), int(levels), int(batch), mode)
+    elif words:
+        commands = {f.__name__: f for f in (growth, importance, sampling, roof, streaming)}
+        command = commands[words[0]]
+        command()
     else:
         print(HEAD)
         for case in CASES:
             step(*case)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

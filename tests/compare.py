@@ -1,9 +1,8 @@
-"""The paper's Figure 3 from finished runs of dcvae.py. Not collected by pytest.
+"""The paper's Figure 3 from finished runs of dcvae.py: python tests/compare.py OUT.png RUN_FOLDER …
 
-    python tests/compare.py OUT.png RUN_FOLDER …
-
-Columns are runs, named by --loss, with the pixel distance of results.json: eight test images, their
-reconstructions, eight samples.
+Columns are eight test images' reconstructions and eight samples. The first row is the images
+themselves; then a row for each run, named by --loss, with the pixel distance of results.json. Not
+collected by pytest.
 """
 
 import json
@@ -14,35 +13,38 @@ import matplotlib.image
 from matplotlib.figure import Figure
 
 
+def row_of(picture, i):
+    """Row i of a sheet of eight pictures a row, with the 2 pixels of white around it."""
+    side = (picture.shape[1] - 2) // 8  # of a picture and the line beside it
+    return picture[i * side:(i + 1) * side + 2]
+
+
+def show(axes, picture, title=None):
+    """One row of pictures, with its name on the left."""
+    axes.imshow(picture, interpolation="nearest")
+    if title is not None:
+        axes.set_ylabel(title, rotation=0, ha="right", va="center")
+
+
 def main(out, *folders):
     """Draw the first row of x, of x̂ and of samples of every run, one run above the other."""
     figure = Figure(figsize=(10, 0.7 * (len(folders) + 1.2)), layout="constrained")
-    axes = figure.subplots(len(folders) + 1, 2, squeeze=False)
-    for row, folder in enumerate(map(Path, folders), 1):
-        cfg, results = (
-            json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
-        )
-        pictures = [
-            matplotlib.image.imread(folder / name / "test.png")
-            for name in ("reconstructions", "samples")
-        ]
-        side = (pictures[0].shape[1] - 2) // 8
-
-        def line(picture, i):
-            return picture[i * side : (i + 1) * side + 2]
-
-        axes[0, 0].imshow(line(pictures[0], 0), interpolation="nearest")
-        axes[row, 0].imshow(line(pictures[0], 1), interpolation="nearest")
-        axes[row, 1].imshow(line(pictures[1], 0), interpolation="nearest")
-        axes[row, 0].set_ylabel(
-            f"{cfg['loss']} {results['pixel_distance']:.1f}", rotation=0, ha="right", va="center"
-        )
-    axes[0, 0].set_ylabel("x", rotation=0, ha="right", va="center")
-    axes[0, 0].set_title("reconstructions (beside the name: pixel distance)", fontsize=9)
-    axes[1, 1].set_title("samples", fontsize=9)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        for spine in ax.spines.values():
+    panels = figure.subplots(len(folders) + 1, 2, squeeze=False)
+    for i, folder in enumerate(map(Path, folders), 1):
+        cfg = json.loads((folder / "config.json").read_text())
+        results = json.loads((folder / "results.json").read_text())
+        reconstructions = matplotlib.image.imread(folder / "reconstructions" / "test.png")
+        samples = matplotlib.image.imread(folder / "samples" / "test.png")
+        if i == 1:
+            show(panels[0, 0], row_of(reconstructions, 0), "x")
+        title = f"{cfg['loss']} {results['pixel_distance']:.1f}"
+        show(panels[i, 0], row_of(reconstructions, 1), title)
+        show(panels[i, 1], row_of(samples, 0))
+    panels[0, 0].set_title("reconstructions (beside the name: pixel distance)", fontsize=9)
+    panels[1, 1].set_title("samples", fontsize=9)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
             spine.set_visible(False)
     figure.savefig(out, dpi=110)
 

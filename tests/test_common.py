@@ -1714,8 +1714,8 @@ def test_log_rows_and_lines(tmp_path, capsys):
 def test_progress_line(tmp_path, capsys, monkeypatch):
     """60 images in 30 seconds are 2 a second; half of the steps are done, so as much is left."""
     monkeypatch.setattr(common.time, "perf_counter", lambda: 100.0)
-    state = {"step": 2, "seconds": 30.0, "start": 40.0}
-    common.log_training(tmp_path, state, 5, 10, rows_of(1.0, 1.0, 1.0), 20)
+    state = {"step": 5, "seconds": 30.0, "start": 40.0}
+    common.log_training(tmp_path, state, 10, rows_of(1.0, 1.0, 1.0), 20)
     assert state == {"step": 5, "seconds": 60.0, "start": 40.0}
     assert capsys.readouterr().out == "step 5  train  re_x 1  2 img/s  0:01:00 < 0:01:00\n"
 
