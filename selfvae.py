@@ -429,18 +429,16 @@ class Flow(nn.Module):
         if self.rest is None:
             return z, log_det
         z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
-        a, b, c, d = z.unflatten(1, (-1, 4)).unbind(2)  # pixels a b over c d of each square
-        rest, log_det_rest = self.rest(torch.cat([a, d], 1))  # b and c are done
-        a, d = rest.chunk(2, 1)
-        v = F.pixel_shuffle(torch.stack([a, b, c, d], 2).flatten(1, 2), 2)
+        rest, done = z.chunk(2, 1)
+        rest, log_det_rest = self.rest(rest)
+        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
         return v, log_det + log_det_squeezed + log_det_rest
 
     def inverse(self, v):
         if self.rest is None:
             return self.fine.inverse(v)
-        a, b, c, d = F.pixel_unshuffle(v, 2).unflatten(1, (-1, 4)).unbind(2)
-        a, d = self.rest.inverse(torch.cat([a, d], 1)).chunk(2, 1)
-        z = self.squeezed.inverse(torch.stack([a, b, c, d], 2).flatten(1, 2))
+        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
         return self.fine.inverse(F.pixel_shuffle(z, 2))
 
 

@@ -1,12 +1,13 @@
 """Draws the figures of the derivations with the scripts' own functions.
 
-    python docs/figures.py levels                a second: selfVAE's graph for K = 2
-    python docs/figures.py mixture               a second: a mixture of three logistics, the 256
-                                                 probabilities that it gives, their logarithms
-    python docs/figures.py tighten RUN_FOLDER    minutes: bounds of S importance samples, of a
-                                                 linear model with known log p(x) and of a vae.py
-    python docs/figures.py holes                 minutes: MNIST (downloaded), two latents: codes,
-                                                 prior, samples, for N(0, 1) and for a flow
+    python docs/figures.py levels      a second: selfVAE's graph for K = 2, generation and inference
+    python docs/figures.py mixture     a second: a mixture of three logistics, the 256 probabilities
+                                       that it gives to the pixel values, their logarithms
+    python docs/figures.py tighten RUN_FOLDER
+                                       minutes: bounds of S importance samples, of a linear model
+                                       with known log p(x) and of a trained vae.py
+    python docs/figures.py holes       minutes: MNIST (downloaded) with two latents; codes of all
+                                       images, prior, draws, for N(0, 1) and for a flow
 
 Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
 from `python realnvp.py --dataset moons`.
@@ -30,94 +31,76 @@ from realnvp import Couplings, mlp  # noqa: E402
 import vae  # noqa: E402
 
 
+# ---- levels --------------------------------------------------------------------------------------
+
+LATENTS = {"v": (0, 2.6), "u": (1, 2.6), "z_1": (2.3, 2.6), "z_2": (3.6, 2.6)}  # name: place
+IMAGES = {"y_1": (1, 0.9), "y_2": (2.3, 0.9), "x": (3.6, 0.9)}
+SIZES = {"y_1": "16x16", "y_2": "32x32", "x": "64x64"}
+
+
 def levels():
     """White: latents, all of 16x8x8 = 1,024 values; grey: images, computed from x in training.
 
     Dashed: d.
     """
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, title, arrows in zip(
-        figure.subplots(1, 2),
-        ("generation, p", "inference, q and d"),
-        ("v-u u-y1 u-z1 y1-z1 y1-y2 z1-y2 z1-z2 y2-z2 y2-x z2-x", "x=y2 y2=y1 x-z2 y2-z1 y1-u"),
-    ):
-        place = {
-            "v": (0, 2.6),
-            "u": (1, 2.6),
-            "z1": (2.3, 2.6),
-            "z2": (3.6, 2.6),
-            "y1": (1, 0.9),
-            "y2": (2.3, 0.9),
-            "x": (3.6, 0.9),
-        }
-        if title.startswith("inference"):
-            del place["v"]
-        for arrow in arrows.split():
-            start, dashed, end = arrow.partition("=" if "=" in arrow else "-")
-            axes.annotate(
-                "",
-                place[end],
-                place[start],
-                arrowprops=dict(
-                    arrowstyle="-|>",
-                    color="black",
-                    shrinkA=22,
-                    shrinkB=22,
-                    linestyle="--" if dashed == "=" else "-",
-                ),
-            )
-            if dashed == "=":
-                axes.text(
-                    *[(a + b) / 2 for a, b in zip(place[start], place[end])],
-                    "d",
-                    va="bottom",
-                    ha="center",
-                )
-        for name, (x, y) in place.items():
-            latent = name[0] in "vuz"
-            axes.scatter(
-                x,
-                y,
-                1500,
-                "white" if latent else "0.87",
-                edgecolors="black",
-                linewidths=1.2,
-                zorder=2,
-            )
-            axes.text(
-                x,
-                y,
-                f"${name[0]}_{name[1]}$" if name[1:] else f"${name}$",
-                ha="center",
-                va="center",
-                fontsize=13,
-                zorder=3,
-            )
-        below = {"y1": "16x16", "y2": "32x32", "x": "64x64"}
-        for name, text in below.items():
-            axes.text(place[name][0], 0.32, text, ha="center", fontsize=9)
-        axes.set(title=title, xlim=(-0.5, 4.1), ylim=(0.2, 3.1), aspect="equal")
-        axes.axis("off")
+    left, right = figure.subplots(1, 2)
+    generation = [("v", "u"), ("u", "y_1"), ("u", "z_1"), ("y_1", "z_1"), ("y_1", "y_2"),
+                  ("z_1", "y_2"), ("z_1", "z_2"), ("y_2", "z_2"), ("y_2", "x"), ("z_2", "x")]
+    draw_graph(left, {**LATENTS, **IMAGES}, generation, [])
+    left.set_title("generation, p")
+    without_v = {name: place for name, place in LATENTS.items() if name != "v"}
+    inference = [("x", "z_2"), ("y_2", "z_1"), ("y_1", "u")]
+    draw_graph(right, {**without_v, **IMAGES}, inference, [("x", "y_2"), ("y_2", "y_1")])
+    right.set_title("inference, q and d")
     figure.savefig(FOLDER / "levels.png", dpi=90)
 
 
+def draw_graph(axes, places, arrows, dashed):
+    """Variables {name: place}, arrows and dashed arrows [(name, name)]."""
+    for start, end in arrows + dashed:
+        style = dict(arrowstyle="-|>", color="black", shrinkA=22, shrinkB=22)
+        style["linestyle"] = "--" if (start, end) in dashed else "-"
+        axes.annotate("", places[end], places[start], arrowprops=style)
+    for start, end in dashed:
+        x = (places[start][0] + places[end][0]) / 2
+        y = (places[start][1] + places[end][1]) / 2
+        axes.text(x, y, "d", va="bottom", ha="center")
+    for name, (x, y) in places.items():
+        colour = "white" if name in LATENTS else "0.87"
+        axes.scatter(x, y, 1500, colour, edgecolors="black", linewidths=1.2, zorder=2)
+        axes.text(x, y, f"${name}$", ha="center", va="center", fontsize=13, zorder=3)
+    for name, size in SIZES.items():
+        axes.text(places[name][0], 0.32, size, ha="center", fontsize=9)
+    axes.set(xlim=(-0.5, 4.1), ylim=(0.2, 3.1), aspect="equal")
+    axes.axis("off")
+
+
+# ---- mixture -------------------------------------------------------------------------------------
+
 def mixture():
-    """Density, probabilities, logarithms of ½ logistic(-0.9, 0.12) + 0.3 logistic(0.1, 0.03) + 0.2
-    logistic(0.6, 0.01).
+    """Density, probabilities and their logarithms, below each other.
+
+    Of the mixture ½ logistic(-0.9, 0.12) + 0.3 logistic(0.1, 0.03) + 0.2 logistic(0.6, 0.01).
     """
-    weights, means, scales = torch.tensor([[0.5, 0.3, 0.2], [-0.9, 0.1, 0.6], [0.12, 0.03, 0.01]])
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    means = torch.tensor([-0.9, 0.1, 0.6])
+    scales = torch.tensor([0.12, 0.03, 0.01])
     line = torch.linspace(-1.4, 1.4, 2001)
     a = (line[:, None] - means) / scales
     density = (weights * a.sigmoid() * (-a).sigmoid() / scales).sum(1)
-    x = from_uint8(torch.arange(256))
-    params = torch.full(
-        (3, 10), -1000.0
-    )  # weight, mean, log-scale + 2 (section 6) of ten components, seven of weight 0
-    params[:, :3] = torch.stack([weights.log(), means, scales.log() + 2])
-    log_p = dmol_log_prob(x.view(256, 1, 1, 1), params.view(1, 30, 1, 1).expand(256, -1, -1, -1))
 
-    def cdf(edges):
-        return ((edges[:, None] - means) / scales).sigmoid()
+    x = from_uint8(torch.arange(256))
+    params = torch.full((3, 10), -1000.0)  # ten components, seven of weight 0
+    params[0, :3] = weights.log()
+    params[1, :3] = means
+    params[2, :3] = scales.log() + 2  # section 6
+    log_p = log_probabilities(params)
+    sharpest_alone = params.clone()
+    sharpest_alone[0, :2] = -1000.0
+    log_p_sharpest = log_probabilities(sharpest_alone)
+    above = ((x + 1 / 255 - means[2]) / scales[2]).sigmoid()
+    below = ((x - 1 / 255 - means[2]) / scales[2]).sigmoid()
 
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
@@ -126,103 +109,103 @@ def mixture():
     top.axvspan(1 - 1 / 255, 1.4, color="0.9")
     top.set(ylabel="density", title="grey: what the two edge levels own")
     middle.bar(x.numpy(), log_p.exp().numpy(), 2 / 255, color="C1")
-    middle.set(
-        ylabel="P(level)",
-        title=f"256 probabilities, sum {log_p.exp().sum():.6f}; level 0 has {log_p[0].exp():.3f}",
-    )
-    alone = params.clone()
-    alone[0, :2] = -1000.0
-    exact = dmol_log_prob(x.view(256, 1, 1, 1), alone.view(1, 30, 1, 1).expand(256, -1, -1, -1))
+    total = log_p.exp().sum()
+    of_black = log_p[0].exp()
+    middle.set(ylabel="P(level)",
+               title=f"256 probabilities, sum {total:.6f}; level 0 has {of_black:.3f}")
     bottom.plot(x, log_p, color="C1", label="mixture")
-    bottom.plot(x, exact, color="C2", label="its sharpest component alone")
-    bottom.plot(
-        x,
-        (cdf(x + 1 / 255) - cdf(x - 1 / 255))[:, 2].log(),
-        "k.",
-        markersize=3,
-        label="that by σ(a) - σ(b), in fp32",
-    )
+    bottom.plot(x, log_p_sharpest, color="C2", label="its sharpest component alone")
+    bottom.plot(x, (above - below).log(), "k.", markersize=3, label="that by σ(a) - σ(b), in fp32")
     bottom.set(ylabel="log P(level), nats", xlabel="x", xlim=(-1.4, 1.4), ylim=(-60, 2))
     bottom.legend(fontsize=8)
     figure.savefig(FOLDER / "mixture.png", dpi=90)
 
 
+def log_probabilities(params):
+    """log P of each pixel value, in nats: params (3, 10) of one grey pixel -> (256,)."""
+    x = from_uint8(torch.arange(256)).view(256, 1, 1, 1)
+    return dmol_log_prob(x, params.view(1, 30, 1, 1).expand(256, -1, -1, -1))
+
+
+# ---- tighten -------------------------------------------------------------------------------------
+
+SAMPLES = [2**i for i in range(13)]  # S = 1 … 4096
+
+
 @torch.no_grad()
 def tighten(run):
-    """Left: x has 8 values, each of z ~ N(0, 1), x ~ N(z, 1), and q = N(x/2, 1) where the posterior
-    is N(x/2, ½). Right: a run of vae.py.
-    """
+    """Left a model with known log p(x), right a run of vae.py."""
     checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
     if checkpoint["script"] != "vae":
         sys.exit(f"{run} is a run of {checkpoint['script']}.py; tighten takes one of vae.py")
     torch.manual_seed(0)
-    sizes = 2 ** torch.arange(13)  # 1 … 4096
-    x = torch.randn(200, 8) * 2**0.5
-    log_p = Normal(0.0, 2**0.5).log_prob(x).sum(1)
-    q, log_w = Normal(x / 2, 1.0), []
-    for _ in range(16):
-        z = q.sample((4096,))
-        log_w.append(
-            (Normal(z, 1.0).log_prob(x) + Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(2)
-        )
-    log_w = torch.cat(log_w)  # (draws, images)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    bounds = [
-        (log_mean_exp(log_w.unflatten(0, (-1, S)), 1) - log_p).mean(1) for S in sizes.tolist()
-    ]  # of each set of draws, over images
-    left.plot(sizes, [b.mean() for b in bounds], "C0.-", label="bound")
-    left.fill_between(
-        sizes,
-        *([b.quantile(p) for b in bounds] for p in (0.1, 0.9)),
-        color="C0",
-        alpha=0.2,
-        linewidth=0,
-    )
-    # E[w²]/p(x)² of one value: ∫ N(z; 0, 1)² N(x; z, 1)² / N(z; x/2, 1) dz / N(x; 0, 2)² = 2/√3,
-    # whatever x is
-    left.plot(
-        sizes,
-        -((2 / 3**0.5) ** 8 - 1) / (2 * sizes),
-        "k--",
-        linewidth=0.8,
-        label="-Var(w) / (2 S p(x)²)",
-    )
-    left.axhline(0, color="0.5", linewidth=0.8)
-    left.set(
-        xscale="log",
-        xlabel="S",
-        ylabel="bound - log p(x), nats an image",
-        ylim=(-1.5, 0.1),
-        title="log p(x) known",
-    )
-    left.legend(fontsize=8)
+    tighten_linear(left)
+    tighten_trained(right, checkpoint)
+    figure.savefig(FOLDER / "tighten.png", dpi=90)
 
+
+def tighten_linear(axes):
+    """x has 8 values, each of z ~ N(0, 1), x ~ N(z, 1); q = N(x/2, 1), the posterior N(x/2, ½)."""
+    x = torch.randn(200, 8) * 2**0.5
+    log_p_x = Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    q_z = Normal(x / 2, 1.0)
+    p_z = Normal(0.0, 1.0)
+    log_w = []
+    for _ in range(16):
+        z = q_z.sample((4096,))
+        p_x = Normal(z, 1.0)
+        log_w.append((p_x.log_prob(x) + p_z.log_prob(z) - q_z.log_prob(z)).sum(2))
+    log_w = torch.cat(log_w)  # (draws, images)
+
+    means = []
+    lows = []
+    highs = []
+    for S in SAMPLES:
+        gaps = log_mean_exp(log_w.unflatten(0, (-1, S)), 1) - log_p_x
+        gap = gaps.mean(1)  # of each set of S draws, over images
+        means.append(gap.mean())
+        lows.append(gap.quantile(0.1))
+        highs.append(gap.quantile(0.9))
+    axes.plot(SAMPLES, means, "C0.-", label="bound")
+    axes.fill_between(SAMPLES, lows, highs, color="C0", alpha=0.2, linewidth=0)
+    # E[w²] / p(x)² of one value, whatever x is:
+    # ∫ N(z; 0, 1)² N(x; z, 1)² / N(z; x/2, 1) dz / N(x; 0, 2)² = 2/√3
+    variance = (2 / 3**0.5)**8 - 1
+    axes.plot(SAMPLES, -variance / (2 * torch.tensor(SAMPLES)), "k--", linewidth=0.8,
+              label="-Var(w) / (2 S p(x)²)")
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.set(xscale="log", xlabel="S", ylabel="bound - log p(x), nats an image", ylim=(-1.5, 0.1),
+             title="log p(x) known")
+    axes.legend(fontsize=8)
+
+
+def tighten_trained(axes, checkpoint):
+    """A line for each of 8 test images: 4096 weights, from which sets of S are taken."""
     cfg = vae.Config(**checkpoint["config"])
     images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
     model = vae.VAE(cfg, images.shape)
     model.load_state_dict(checkpoint["model"])
-    x = next(iter(Batches(images.test[:8], 8, "cpu")))
+    x = next(iter(Batches(images.test, 8, "cpu", count=8)))
     with torch.autocast("cpu", torch.bfloat16):
-        log_w = torch.cat([model.log_weights(x, 512) for _ in range(8)]).double()  # (4096, 8)
-    for one in log_w.T:
-        values = torch.stack(
-            [log_mean_exp(one.view(-1, S), 1).mean() for S in sizes.tolist()]
-        )  # mean over all sets of S draws
-        right.plot(sizes, values - values[0], ".-", linewidth=0.8, markersize=3)
-    right.set(
-        xscale="log",
-        xlabel="S",
-        ylabel="bound - ELBO, nats",
-        title="a trained vae.py, 8 test images",
-    )
+        log_w = model.log_weights(x, 4096).double()  # (4096, 8)
+    for of_image in log_w.T:
+        bounds = []
+        for S in SAMPLES:
+            bounds.append(log_mean_exp(of_image.view(-1, S), 1).mean())  # over all sets of S draws
+        bounds = torch.stack(bounds)
+        axes.plot(SAMPLES, bounds - bounds[0], ".-", linewidth=0.8, markersize=3)
+    axes.set(xscale="log", xlabel="S", ylabel="bound - ELBO, nats",
+             title="a trained vae.py, 8 test images")
     elbo = log_w.mean(0)
-    gain_512 = (log_mean_exp(log_w.view(8, 512, 8), 1).mean(0) - elbo).mean()
-    gain_4096 = (log_mean_exp(log_w) - elbo).mean()
-    print(f"sd of log w, nats: {log_w.std(0).mean():.1f}; gain over the ELBO of S = 512: "
-          f"{gain_512:.1f}; of 4096: {gain_4096:.1f}")
-    figure.savefig(FOLDER / "tighten.png", dpi=90)
+    of_512 = (log_mean_exp(log_w.view(8, 512, 8), 1).mean(0) - elbo).mean()
+    of_4096 = (log_mean_exp(log_w) - elbo).mean()
+    print(f"sd of log w, nats: {log_w.std(0).mean():.1f}; gain of S = 512 over the ELBO: "
+          f"{of_512:.1f}; of 4096: {of_4096:.1f}")
 
+
+# ---- holes ---------------------------------------------------------------------------------------
 
 class PlaneFlow(vae.RealNVPPrior):
     """The prior of vae.py with the flow that realnvp.py has for points: z (B, 2, 1, 1)."""
@@ -240,102 +223,105 @@ class TwoLatents(nn.Module):
 
     def __init__(self, prior):
         super().__init__()
-        self.q_z = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(1024, 400),
-            nn.ELU(),
-            nn.Linear(400, 400),
-            nn.ELU(),
-            nn.Linear(400, 4),
-        )
+        self.q_z = nn.Sequential(nn.Flatten(), nn.Linear(1024, 400), nn.ELU(),
+                                 nn.Linear(400, 400), nn.ELU(), nn.Linear(400, 4))
         self.p_z = prior
-        self.p_x = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(2, 400),
-            nn.ELU(),
-            nn.Linear(400, 400),
-            nn.ELU(),
-            nn.Linear(400, 1024),
-        )
+        self.p_x = nn.Sequential(nn.Flatten(), nn.Linear(2, 400), nn.ELU(),
+                                 nn.Linear(400, 400), nn.ELU(), nn.Linear(400, 1024))
 
     def posterior(self, x):
         """x (B, 1, 32, 32) in [0, 1] -> q(z|x)."""
-        mean, log_var = self.q_z(x).chunk(2, 1)
-        return Independent(
-            Normal(mean.view(-1, 2, 1, 1), (0.5 * log_var).exp().view(-1, 2, 1, 1)), 3
-        )
+        mean, log_var = self.q_z(x).view(-1, 4, 1, 1).chunk(2, 1)
+        return Independent(Normal(mean, (0.5 * log_var).exp()), 3)
 
     def terms(self, x):
-        """re_x, kl_z, (B,) in nats."""
-        q = self.posterior(x)
-        z = q.rsample()
-        return F.binary_cross_entropy_with_logits(self.p_x(z), x.flatten(1), reduction="none").sum(
-            1
-        ), q.log_prob(z) - self.p_z.log_prob(z)
+        """re_x and kl_z, (B,) in nats: x (B, 1, 32, 32) in [0, 1]."""
+        q_z = self.posterior(x)
+        z = q_z.rsample()
+        re_x = F.binary_cross_entropy_with_logits(self.p_x(z), x.flatten(1), reduction="none")
+        return re_x.sum(1), q_z.log_prob(z) - self.p_z.log_prob(z)
 
 
 def holes(data_dir="data", epochs=20):
-    """Rows: N(0, 1), flow. Columns: q(z), the mean of all q(z|x).
+    """Rows: N(0, 1), flow. Columns: q(z), the mean of all q(z|x); log p(z); what p(z) decodes to.
 
-    Log p(z), 7 nats down from its top; what p(z) decodes to.
+    log p(z) is shown 7 nats down from its top.
     """
     images = load_images("mnist", data_dir)
-    labels, figure = torch.from_numpy(images.labels["valid"].astype("int64")), Figure(
-        figsize=(9, 6.2), layout="constrained"
-    )
-    grid = figure.subplots(2, 3)
-    for row, prior in zip(grid, (vae.NormalPrior(), PlaneFlow())):
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    rows = figure.subplots(2, 3)
+    priors = {"N(0, 1)": vae.NormalPrior(), "flow": PlaneFlow()}
+    for row, (name, prior) in zip(rows, priors.items()):
         torch.manual_seed(0)
-        model, data = TwoLatents(prior), Batches(images.train, 500, "cpu")
-        optimizer = torch.optim.Adam(model.parameters())
-        total = epochs * data.per_epoch
-        for step in range(total):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / total)
-            loss = sum(term.mean() for term in model.terms((data.batch(step) + 1) / 2))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            x = (next(iter(Batches(images.valid, len(images.valid), "cpu"))) + 1) / 2
-            re, kl = (term.mean().item() for term in model.terms(x))
-            name = "N(0, 1)" if type(prior) is vae.NormalPrior else "flow"
-            print(f"{name}: validation, nats an image: re {re:.1f} + kl {kl:.2f} = {re + kl:.1f}")
-            posterior = model.posterior(x)
-            z = posterior.sample()
-            q_z = torch.cat(
-                [
-                    log_mean_exp(posterior.log_prob(some.unsqueeze(1)), 1)
-                    for some in z[:2000].split(100)
-                ]
-            )  # log q(z), (2000,)
-            waste = (q_z - prior.log_prob(z[:2000])).mean().item()
-            (left, low), (right, high) = (
-                z.flatten(1).quantile(torch.tensor([0.003, 0.997]), 0).tolist()
-            )
-            axes = torch.linspace(left, right, 160), torch.linspace(low, high, 160)
-            log_p = prior.log_prob(torch.cartesian_prod(*axes).view(-1, 2, 1, 1)).view(160, 160).T
-            draws = torch.sigmoid(model.p_x(prior.from_noise(torch.randn(64, 2, 1, 1))))
-        print(f"    KL(q(z) || p(z)) {waste:.2f} nats")
-        row[0].scatter(*z.flatten(1)[:4000].T, s=1, c=labels[:4000], cmap="tab10", linewidths=0)
-        row[0].set(title=f"{name}: draws from q(z)", xlim=(left, right), ylim=(low, high))
-        row[1].imshow(
-            log_p.numpy(),
-            origin="lower",
-            extent=(left, right, low, high),
-            cmap="magma",
-            vmin=log_p.max() - 7,
-            aspect="auto",
-        )
-        row[1].set(title=f"log p(z); ELBO {-re - kl:.1f}, waste {waste:.2f} nats")
-        row[2].imshow(
-            draws.view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256).numpy(), cmap="gray"
-        )
-        row[2].set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
+        model = TwoLatents(prior)
+        train_two_latents(model, images, epochs)
+        draw_holes(row, name, model, images)
     figure.savefig(FOLDER / "holes.png", dpi=80)
 
 
+def train_two_latents(model, images, epochs):
+    """Adam on the negative ELBO, its rate falling from 2e-3 to 0."""
+    batches = Batches(images.train, 500, "cpu")
+    optimizer = torch.optim.Adam(model.parameters())
+    total = epochs * batches.per_epoch
+    for step in range(total):
+        x = (batches.batch(step) + 1) / 2
+        re_x, kl_z = model.terms(x)
+        loss = re_x.mean() + kl_z.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / total)
+        optimizer.step()
+
+
+@torch.no_grad()
+def draw_holes(row, name, model, images):
+    """The three panels of a model, and its numbers on the console."""
+    x = (next(iter(Batches(images.valid, len(images.valid), "cpu"))) + 1) / 2
+    re_x, kl_z = model.terms(x)
+    re = re_x.mean().item()
+    kl = kl_z.mean().item()
+    print(f"{name}: validation, nats an image: re {re:.1f} + kl {kl:.2f} = {re + kl:.1f}")
+
+    posterior = model.posterior(x)
+    z = posterior.sample()
+    some = z[:2000]
+    log_q = []  # of the mean of all q(z|x)
+    for part in some.split(100):
+        log_q.append(log_mean_exp(posterior.log_prob(part.unsqueeze(1)), 1))
+    waste = (torch.cat(log_q) - model.p_z.log_prob(some)).mean().item()
+    print(f"    KL(q(z) || p(z)) {waste:.2f} nats")
+
+    codes = z.flatten(1)  # (N, 2)
+    lowest, highest = codes.quantile(torch.tensor([0.003, 0.997]), 0)
+    left, low = lowest.tolist()
+    right, high = highest.tolist()
+    grid = torch.cartesian_prod(torch.linspace(left, right, 160), torch.linspace(low, high, 160))
+    log_p = model.p_z.log_prob(grid.view(-1, 2, 1, 1)).view(160, 160).T  # (rows, columns)
+    means = torch.sigmoid(model.p_x(model.p_z.from_noise(torch.randn(64, 2, 1, 1))))
+    mosaic = means.view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256)
+
+    of_codes, of_prior, of_draws = row
+    of_codes.scatter(codes[:4000, 0], codes[:4000, 1], s=1, c=images.labels["valid"][:4000],
+                     cmap="tab10", linewidths=0)
+    of_codes.set(title=f"{name}: draws from q(z)", xlim=(left, right), ylim=(low, high))
+    of_prior.imshow(log_p.numpy(), origin="lower", extent=(left, right, low, high), cmap="magma",
+                    vmin=log_p.max() - 7, aspect="auto")
+    of_prior.set(title=f"log p(z); ELBO {-re - kl:.1f}, waste {waste:.2f} nats")
+    of_draws.imshow(mosaic.numpy(), cmap="gray")
+    of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
+
+
+def main(words):
+    """Draw the figure that the command line asks for -> the exit code."""
+    figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes}
+    name, *arguments = words or [""]
+    if name not in figures or len(arguments) != (name == "tighten"):
+        print(__doc__, file=sys.stderr)
+        return 1
+    figures[name](*arguments)
+    return 0
+
+
 if __name__ == "__main__":
-    figures = {f.__name__: f for f in (levels, mixture, tighten, holes)}
-    if not set(sys.argv[1:2]) & set(figures) or len(sys.argv) != 2 + (sys.argv[1] == "tighten"):
-        sys.exit(__doc__)
-    figures[sys.argv[1]](*sys.argv[2:])
+    sys.exit(main(sys.argv[1:]))

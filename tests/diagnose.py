@@ -2,15 +2,19 @@
 
     python tests/diagnose.py RUN_FOLDER
 
-    bits/value    -log p of what the factor decodes, for each of its own values
-    kl, in use    KL of its latent in bits per dimension of x; share of its 1,024 values whose mean
-                  KL is above 0.05 nats
-    error         rms of x - mean of p(x|·), in pixel values
-    spread        rms of a sample of p(x|·) around that mean: the decoder's own idea of its error
+One row for each image that is decoded, y_1, …, y_K, x, with these columns:
+
+    bits/value    -log p of the image, for each of its own values
+    bpd of x      the same in bits per dimension of x
+    kl            of its latent, in bits per dimension of x
+    in use        share of the latent's 1,024 values whose mean KL is above 0.05 nats
+    error         rms of the image - mean of p(x|·), in pixel values
+    spread        rms of a draw from p(x|·) around that mean, in pixel values: the decoder's own
+                  idea of its error
     linear        bits/value that 16 latents to each 8th of the sides save in a linear model
                   (probabilistic PCA against none), channels whitened, for the image itself or,
                   above level 1, for what bilinear enlargement of the y below leaves of it
-    miss          rms of d(x̂) - y, x̂ a sample given y: how far p(x|y, z) is from using that y is
+    miss          rms of d(x̂) - y, x̂ drawn given y: how far p(x|y, z) is from using that y is
                   known exactly
 """
 
@@ -21,103 +25,116 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributions import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Batches, Dmol, bits_per_dim, load_images  # noqa: E402
+from common import Batches, Dmol, bits_per_dim, load_images  # noqa: E402 (needs the path above)
 
-
-def linear_gain(r):
-    """Bits a value that 16 principal components of each 8x8th patch save:
-
-    ½ Σ log of variances, pooled against the first 16 apart.
-    """
-    channels = torch.cov(r.transpose(0, 1).flatten(1).double())
-    r = torch.einsum(
-        "ij,bjhw->bihw", torch.linalg.cholesky(torch.linalg.inv(channels)).T.float(), r
-    )
-    patches = F.pixel_unshuffle(r, r.shape[2] // 8).movedim(1, -1).flatten(0, 2).double()
-    variance, n = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0), patches.shape[1]
-    if n <= 16:
-        return math.nan
-    nats = (
-        n * variance.mean().log()
-        - variance[:16].log().sum()
-        - (n - 16) * variance[16:].mean().log()
-    )
-    return nats.item() / (2 * n * math.log(2))
+COLUMNS = {"bits/value": (12, 3), "bpd of x": (10, 3), "kl": (8, 3), "in use": (8, 2),
+           "error": (8, 1), "spread": (8, 1), "linear": (8, 3), "miss": (8, 1)}  # width, digits
 
 
 def rms(a, b):
-    """Root of the mean squared difference of two sets of images, in pixel values."""
+    """Root of the mean squared difference of two images (B, C, H, W), in pixel values."""
     return ((a - b) * 127.5).square().mean().sqrt().item()
 
 
-def factors_of(model, x):
-    """-> [(what is decoded, y below or None, q, KL in nats (B,) or by latent value, p)], top-down.
+def linear_gain(residual):
+    """Bits a value that 16 principal components of each 8x8th patch save, NaN if there are fewer.
 
-    In the order of the model: of vae.py one, of selfvae.py y_1, …, x.
+    They are ½ Σ log of the variances, all pooled against the first 16 apart. (B, C, H, W).
     """
-    if not hasattr(model, "K"):
-        q = sys.modules["vae"].gaussian(model.q_z(x))
-        z = q.rsample()
-        return [(x, None, q.log_prob(z) - model.p_z.log_prob(z), Dmol(model.p_x(z)))]
-    gaussian = sys.modules["selfvae"].gaussian
-    y = model.representations(x)
-    q = gaussian(model.q_u(y[1]))
-    z = q.rsample()
-    found = [(y[1], None, q.log_prob(z) - model.p_u.log_prob(z), Dmol(model.p_y(z)))]
-    for k in range(1, model.K + 1):
-        q = gaussian(model.q_z[k - 1](y[k + 1]))
-        p = model.p_z[k - 1](y[k], z)
-        z = q.rsample()
-        kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
-        found.append((y[k + 1], y[k], kl, model.p_x[k - 1](y[k], z)))
-    return found
+    channels = torch.cov(residual.transpose(0, 1).flatten(1).double())
+    whitening = torch.linalg.cholesky(torch.linalg.inv(channels)).T.float()
+    white = torch.einsum("ij,bjhw->bihw", whitening, residual)
+    patches = F.pixel_unshuffle(white, white.shape[2] // 8).movedim(1, -1).flatten(0, 2).double()
+    n = patches.shape[1]
+    if n <= 16:
+        return math.nan
+    variances = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)
+    of_the_others = (n - 16) * variances[16:].mean().log()
+    nats = n * variances.mean().log() - variances[:16].log().sum() - of_the_others
+    return nats.item() / (2 * n * math.log(2))
 
 
-COLUMNS = ("decodes", "size", "bits/value", "bpd of x", "kl", "in use", "error", "spread",
-           "linear", "miss")
+def load_run(folder, data_dir):
+    """-> the script's name, the model of best.pt, 200 validation images (200, C, H, W)."""
+    checkpoint = torch.load(Path(folder, "best.pt"), weights_only=True)
+    script = checkpoint["script"]
+    module = importlib.import_module(script)
+    cfg = module.Config(**checkpoint["config"])
+    images = load_images(cfg.dataset, data_dir, cfg.size)
+    Model = module.VAE if script == "vae" else module.SelfVAE
+    model = Model(cfg, images.shape)
+    model.load_state_dict(checkpoint["model"])
+    return script, model, next(iter(Batches(images.valid, 200, "cpu", count=200)))
+
+
+def print_row(name, target, p_x, draw, kl, below, dims, in_use=math.nan, miss=math.nan):
+    """One row of the table: `draw` ~ p_x, `kl` in nats an image, a linear model adds to `below`."""
+    nats = -p_x.log_prob(target).mean().item()
+    mean = p_x.mean
+    linear = math.nan
+    if below.shape[1] == target.shape[1]:
+        linear = linear_gain(target - below)
+    row = {
+        "bits/value": bits_per_dim(nats, target[0].numel()),
+        "bpd of x": bits_per_dim(nats, dims),
+        "kl": bits_per_dim(kl, dims),
+        "in use": in_use,
+        "error": rms(target, mean),
+        "spread": rms(draw, mean),
+        "linear": linear,
+        "miss": miss,
+    }
+    line = f"{name:8}{target.shape[2]:6}"
+    for column, (width, digits) in COLUMNS.items():
+        line += f"{row[column]:{width}.{digits}f}"
+    print(line)
 
 
 @torch.no_grad()
 def main(folder, data_dir="data"):
-    """Print the table of a run."""
-    checkpoint = torch.load(Path(folder, "best.pt"), weights_only=True)
-    module = importlib.import_module(checkpoint["script"])
-    cfg = module.Config(**checkpoint["config"])
-    images = load_images(cfg.dataset, data_dir, cfg.size)
-    Model = module.VAE if checkpoint["script"] == "vae" else module.SelfVAE
-    model = Model(cfg, images.shape)
-    model.load_state_dict(checkpoint["model"])
-    x = next(iter(Batches(images.valid, 200, "cpu", count=200)))
+    script, model, x = load_run(folder, data_dir)
+    gaussian = importlib.import_module(script).gaussian
+    dims = x[0].numel()
+    header = f"{'decodes':8}{'size':>6}"
+    for column, (width, _) in COLUMNS.items():
+        header += f"{column:>{width}}"
+    print(header)
+
     torch.manual_seed(0)
-    factors = factors_of(model, x)
-    print("".join(f"{column:>11}" for column in COLUMNS))
-    for k, (target, y, kl, p_x) in enumerate(factors, 1):
-        sample = p_x.sample()
-        nats = -p_x.log_prob(target).mean().item()
-        in_use = math.nan
-        if y is None:
-            below = torch.zeros_like(target)
-        else:
-            below = F.interpolate(y, size=target.shape[2:], mode="bilinear")
-            kl = kl.mean(0)  # of each value of the latent
-            in_use = (kl > 0.05).float().mean().item()
-        kl = kl.mean().item() if y is None else kl.sum().item()
+    if script == "vae":
+        K = 0
+        y = {1: x}
+        encoder, prior, decoder = model.q_z, model.p_z, model.p_x
+    else:
+        K = model.K
+        y = model.representations(x)
+        encoder, prior, decoder = model.q_u, model.p_u, model.p_y
+    names = {k: f"y_{k}" for k in y}
+    names[K + 1] = "x"
+    q = gaussian(encoder(y[1]))
+    z = q.rsample()
+    kl = (q.log_prob(z) - prior.log_prob(z)).mean().item()
+    p_x = Dmol(decoder(z))
+    print_row(names[1], y[1], p_x, p_x.sample(), kl, torch.zeros_like(y[1]), dims)
+    for k in range(1, K + 1):
+        target = y[k + 1]
+        q = gaussian(model.q_z[k - 1](target))
+        p_z = model.p_z[k - 1](y[k], z)
+        z = q.rsample()
+        p_x = model.p_x[k - 1](y[k], z)
+        draw = p_x.sample()
+        kl_of_values = kl_divergence(q.base_dist, p_z.base_dist).mean(0)
+        in_use = (kl_of_values > 0.05).float().mean().item()
         miss = math.nan
-        if y is not None and k == len(factors):
-            miss = rms(model.representations(sample)[model.K], y)
-        gain = math.nan
-        if below.shape[1] == target.shape[1]:
-            gain = linear_gain(target - below)
-        dims = x[0].numel()
-        numbers = [bits_per_dim(nats, target[0].numel()), bits_per_dim(nats, dims),
-                   bits_per_dim(kl, dims), in_use, rms(target, p_x.mean), rms(sample, p_x.mean),
-                   gain, miss]
-        name = "x" if k == len(factors) else f"y_{k}"
-        print(f"{name:>11}{target.shape[2]:>11}", *(f"{number:11.3f}" for number in numbers),
-              sep="")
+        if k == K:
+            miss = rms(model.representations(draw)[K], y[K])
+        below = F.interpolate(y[k], size=target.shape[2:], mode="bilinear")
+        kl = kl_of_values.sum().item()
+        print_row(names[k + 1], target, p_x, draw, kl, below, dims, in_use, miss)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The exercises of docs/exercises.md. For whoever solves them:
 
-    python tests/exercises.py 3               empties its functions in this tree, for you to write
+    python tests/exercises.py 3               empties the functions of exercise 3 in this tree, for
+                                              you to write
     python tests/exercises.py 3 --solution    puts those of the last commit back, and nothing else
 
 `python tests/exercises.py grade` is for tests/test_docs.py.
@@ -22,209 +23,242 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def exercises():
     """docs/exercises.md -> {number: ([(file, function)], [(test file, test)])}."""
-    _, *parts = re.split(
-        r"^## Exercise (\d+)",
-        (ROOT / "docs" / "exercises.md").read_text().split("\n## Open")[0],
-        flags=re.M,
-    )
-    return {
-        int(number): tuple(
-            [
-                tuple(name.split(": "))
-                for line in re.findall(rf"- \*\*{what}\*\* (.*)", text)
-                for name in re.findall("`([^`]+)`", line)
-            ]
-            for what in ("Empty", "Tests")
-        )
-        for number, text in zip(parts[::2], parts[1::2])
-    }
+    page = (ROOT / "docs" / "exercises.md").read_text().split("\n## Open")[0]
+    _, *parts = re.split(r"^## Exercise (\d+)", page, flags=re.M)
+    found = {}
+    for number, text in zip(parts[::2], parts[1::2]):
+        found[int(number)] = (listed(text, "Empty"), listed(text, "Tests"))
+    return found
 
+
+def listed(text, what):
+    """What the lines "- **Empty** …" or "- **Tests** …" name: [(file, function)]."""
+    names = []
+    for line in re.findall(rf"- \*\*{what}\*\* (.*)", text):
+        for name in re.findall("`([^`]+)`", line):
+            names.append(tuple(name.split(": ")))
+    return names
+
+
+# ---- The source of a definition ------------------------------------------------------------------
 
 parsed = functools.cache(ast.parse)
 
 
 def definition(source, name):
-    """The ast node of the function or class `name`, or `Class.method`, at the top of a file's
-    source; None if there is none.
+    """The ast node of the function or class `name`, or `Class.method`; None if there is none.
+
+    It is at the top of a file's source.
     """
-    body, node = parsed(source).body, None
+    body = parsed(source).body
     for part in name.split("."):
-        node = next((node for node in body if getattr(node, "name", None) == part), None)
+        node = None
+        for candidate in body:
+            if getattr(candidate, "name", None) == part:
+                node = candidate
+                break
         body = getattr(node, "body", [])
     return node
 
 
 def lines_of(source, name):
-    """The source lines of that definition."""
+    """The source lines of that definition; AttributeError if there is none."""
     node = definition(source, name)
-    return source.splitlines()[node.lineno - 1 : node.end_lineno]
+    return source.splitlines()[node.lineno - 1:node.end_lineno]
 
 
 def replaced(source, name, lines):
     """The source with other lines for that definition."""
-    node, old = definition(source, name), source.splitlines()
-    return "\n".join([*old[: node.lineno - 1], *lines, *old[node.end_lineno :], ""])
+    node = definition(source, name)
+    old = source.splitlines()
+    return "\n".join([*old[:node.lineno - 1], *lines, *old[node.end_lineno:], ""])
 
 
 def emptied(source, name, message):
-    """The source with everything but the docstring of the function `name` replaced by a
-    NotImplementedError.
-    """
-    node, lines = definition(source, name), lines_of(source, name)
+    """The source with the function `name` a NotImplementedError, all but its docstring."""
+    node = definition(source, name)
     first = node.body[0]
-    kept = (first.end_lineno if ast.get_docstring(node) else first.lineno - 1) - node.lineno + 1
-    return replaced(
-        source,
-        name,
-        [*lines[:kept], " " * first.col_offset + f"raise NotImplementedError({message!r})"],
-    )
+    if ast.get_docstring(node):
+        last_kept = first.end_lineno
+    else:
+        last_kept = first.lineno - 1
+    kept = lines_of(source, name)[:last_kept - node.lineno + 1]
+    indent = " " * first.col_offset
+    return replaced(source, name, [*kept, f"{indent}raise NotImplementedError({message!r})"])
+
+
+def message_of(number, name):
+    """What the NotImplementedError of an emptied function says."""
+    return f"exercise {number}: {name}"
 
 
 def empty(functions, root, number):
     """Empty [(file, function)] of an exercise in the tree `root`."""
     for file, name in functions:
         path = root / file
-        path.write_text(emptied(path.read_text(), name, f"exercise {number}: {name}"))
+        path.write_text(emptied(path.read_text(), name, message_of(number, name)))
 
+
+# ---- The command line ----------------------------------------------------------------------------
 
 def main(words):
     """Empty exercises, or put their solutions back -> the exit code.
 
     2, one line, and nothing changed, where that cannot be or would lose what somebody wrote.
     """
-    numbers, solution = [int(word) for word in words if word.isdigit()], "--solution" in words
-    if not numbers or not set(numbers) <= set(exercises()):
+    numbers = [int(word) for word in words if word.isdigit()]
+    solution = "--solution" in words
+    all_of = exercises()
+    if not numbers or not set(numbers) <= set(all_of):
         print(__doc__, file=sys.stderr)
         return 2
-    sources, told = {}, []
-    for number, (file, name) in [
-        (number, function) for number in numbers for function in exercises()[number][0]
-    ]:
-        committed = subprocess.run(
-            ["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True
-        )
-        if committed.returncode:
-            print(f"{file} is in no git commit: this is for a clone", file=sys.stderr)
-            return 2
-        source, message = (
-            sources.get(file) or (ROOT / file).read_text(),
-            f"exercise {number}: {name}",
-        )
-        try:
-            mine = lines_of(source, name)
-        except (SyntaxError, AttributeError) as error:  # AttributeError: it is not there
-            print(f"{file}: there is no {name} to replace ({error})", file=sys.stderr)
-            return 2
-        ours = lines_of(committed.stdout, name)
-        if not solution and mine not in (
-            ours,
-            lines_of(emptied(committed.stdout, name, message), name),
-        ):
-            print(f"{file}: {name} is not that of the last commit: commit yours first, "
-                  "or it would be lost", file=sys.stderr)
-            return 2
-        sources[file] = replaced(source, name, ours) if solution else emptied(source, name, message)
-        fate = "that of the last commit again" if solution else "yours to write"
-        told.append(f"exercise {number}: {file}: {name} is {fate}")
+    sources = {}
+    told = []
+    try:
+        for number in numbers:
+            functions, _ = all_of[number]
+            for file, name in functions:
+                committed = committed_source(file)
+                if file not in sources:
+                    sources[file] = (ROOT / file).read_text()
+                sources[file] = rewritten(sources[file], committed, file, name, number, solution)
+                state = "that of the last commit again" if solution else "yours to write"
+                told.append(f"exercise {number}: {file}: {name} is {state}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for file, source in sources.items():
         (ROOT / file).write_text(source)
     print("\n".join(told))
     return 0
 
 
+def committed_source(file):
+    """The source of `file` in the last commit; ValueError if it is in none."""
+    show = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True)
+    if show.returncode:
+        raise ValueError(f"{file} is in no git commit: this is for a clone")
+    return show.stdout
+
+
+def rewritten(source, committed, file, name, number, solution):
+    """The source of `file` with the function emptied, or with its solution.
+
+    ValueError if it cannot be found, or if emptying it would lose what is not committed.
+    """
+    message = message_of(number, name)
+    try:
+        mine = lines_of(source, name)
+    except (SyntaxError, AttributeError) as error:  # AttributeError: it is not there
+        raise ValueError(f"{file}: there is no {name} to replace ({error})") from None
+    ours = lines_of(committed, name)
+    if solution:
+        return replaced(source, name, ours)
+    if mine not in (ours, lines_of(emptied(committed, name, message), name)):
+        raise ValueError(f"{file}: {name} is not that of the last commit: commit yours first, or "
+                         "it would be lost")
+    return emptied(source, name, message)
+
+
+# ---- Grading, for tests/test_docs.py -------------------------------------------------------------
+
 def trees():
-    """What test_docs.py looks at: [([(number, [(file, function)])] emptied, exercises to test)].
+    """What test_docs.py looks at: [([(number, [(file, function)])] emptied, exercises that run)].
 
     Without exercises n, n + 1, …, the tests of n - 1 and n; and each function of an exercise that
     has several alone, its own tests.
     """
     all_of = exercises()
-    cases = [
-        ([(later, all_of[later][0]) for later in all_of if later > n], [n, n + 1])
-        for n in range(len(all_of) + 1)
-    ]
-    return cases + [
-        ([(n, [function])], [n])
-        for n, (functions, _) in all_of.items()
-        if len(functions) > 1
-        for function in functions
-    ]
+    cases = []
+    for n in range(len(all_of) + 1):
+        without = [(later, all_of[later][0]) for later in all_of if later > n]
+        cases.append((without, [n, n + 1]))
+    for n, (functions, _) in all_of.items():
+        if len(functions) > 1:
+            for function in functions:
+                cases.append(([(n, [function])], [n]))
+    return cases
+
+
+class Outcomes:
+    """A pytest plugin that gathers {"file: test": outcomes of its parametrisations}."""
+
+    def __init__(self):
+        self.of = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.failed:
+            test = report.nodeid.split("/")[-1].split("[")[0].replace("::", ": ")
+            self.of.setdefault(test, set()).add(report.outcome)
 
 
 def grade():
     """Print as JSON, for each of `trees()`, {test: outcomes of its parametrisations}.
 
-    That is what `-k "exercise_3 or exercise_4"` says in a copy of the tree. Copies are graded in
+    They are what `-k "exercise_3 or exercise_4"` says in a copy of the tree. Copies are graded in
     forks, two at a time, of a process that has imported what takes long.
     """
-    import pytest
-
     sys.path.insert(0, str(ROOT))
-    import dcvae  # noqa: F401 (for what it imports)
-    import realnvp  # noqa: F401
-    import selfvae  # noqa: F401
-    import vae  # noqa: F401
-
+    import pytest  # noqa: F401 (this and the next for what they import)
+    import dcvae, realnvp, selfvae, vae  # noqa: E401, F401
     for name in ("common", "vae", "selfvae", "realnvp", "dcvae"):
         del sys.modules[name]
     sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]
 
-    class Outcomes:
-        def __init__(self):
-            self.of = {}
-
-        def pytest_runtest_logreport(self, report):
-            if report.when == "call" or report.failed:
-                name = report.nodeid.split("/")[-1].split("[")[0].replace("::", ": ")
-                outcomes = self.of.setdefault(name, set())
-                outcomes.add(report.outcome)
-
-    def graded(tree, without, numbers):
-        """In a fork: empty, run, write down."""
-        for number, functions in without:
-            empty(functions, tree, number)
-        os.chdir(tree)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        numbers, outcomes = [n for n in numbers if n in exercises()], Outcomes()
-        files = sorted({f"tests/{file}" for n in numbers for file, _ in exercises()[n][1]})
-        pytest.main(
-            [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--assert=plain",
-                "-k",
-                " or ".join(f"exercise_{n}" for n in numbers),
-                *files,
-            ],
-            plugins=[outcomes],
-        )
-        (tree / "outcomes.json").write_text(
-            json.dumps({name: sorted(of) for name, of in outcomes.of.items()})
-        )
-
     with tempfile.TemporaryDirectory() as folder:
-        copies, running = [Path(folder, str(i)) for i in range(len(trees()))], []
-        for tree, (without, numbers) in zip(copies, trees()):
-            (tree / "docs").mkdir(parents=True)
-            shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
-            shutil.copytree(
-                ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__")
-            )
-            for path in ROOT.glob("*.py"):
-                shutil.copy(path, tree)
-            running.append(os.fork())
-            if not running[-1]:
+        copies = []
+        running = []
+        for i, (without, numbers) in enumerate(trees()):
+            tree = Path(folder, str(i))
+            copies.append(tree)
+            copy_tree(tree)
+            process = os.fork()
+            if process == 0:
                 try:
-                    graded(tree, without, numbers)
+                    grade_copy(tree, without, numbers)
                 finally:
                     os._exit(0)
+            running.append(process)
             if len(running) == 2:
                 os.waitpid(running.pop(0), 0)
-        for child in running:
-            os.waitpid(child, 0)
-        print(json.dumps([json.loads((tree / "outcomes.json").read_text()) for tree in copies]))
+        for process in running:
+            os.waitpid(process, 0)
+        outcomes = [json.loads((tree / "outcomes.json").read_text()) for tree in copies]
+    print(json.dumps(outcomes))
+
+
+def copy_tree(tree):
+    """The scripts, their tests and docs/exercises.md, in a new folder."""
+    (tree / "docs").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tree)
+
+
+def grade_copy(tree, without, numbers):
+    """In a fork: empty the exercises `without`, run the tests of `numbers`, write outcomes.json."""
+    import pytest
+    for number, functions in without:
+        empty(functions, tree, number)
+    os.chdir(tree)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    all_of = exercises()
+    numbers = [n for n in numbers if n in all_of]
+    files = set()
+    for n in numbers:
+        for file, _ in all_of[n][1]:
+            files.add(f"tests/{file}")
+    keywords = " or ".join(f"exercise_{n}" for n in numbers)
+    outcomes = Outcomes()
+    pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", "-k", keywords, *sorted(files)],
+                plugins=[outcomes])
+    stored = {name: sorted(of_test) for name, of_test in outcomes.of.items()}
+    (tree / "outcomes.json").write_text(json.dumps(stored))
 
 
 if __name__ == "__main__":
-    sys.exit(grade() if sys.argv[1:] == ["grade"] else main(sys.argv[1:]))
+    if sys.argv[1:] == ["grade"]:
+        grade()
+    else:
+        sys.exit(main(sys.argv[1:]))
