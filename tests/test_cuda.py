@@ -93,11 +93,12 @@ def test_selfvae(on_gpu, levels, transform, prior):
     cfg = SelfVAEConfig(small=True, levels=levels, transform=transform, prior=prior)
     model, x = on_gpu(SelfVAE, cfg, (3, 32, 32))
     assert_on_gpu(*model.terms(x).values(), model.log_weights(x, 2), model.sample(2))
-    for operation, sent in model.operations.items():
-        known, q = model.infer(x, sent)
-        values, p = model.decode(known, len(x))
-        assert_on_gpu(*values.values(), *(p[name].log_prob(known[name]) for name in known))
-        assert_on_gpu(model.reconstruct(x, mean=True, operation=operation))
+    known, q = model.infer(x, model.operations["conditional_reconstruct"])
+    values, p = model.decode(known, len(x), mean=True)
+    assert_on_gpu(*values.values(), *(p[name].log_prob(known[name]) for name in known))
+    if levels == 2:  # the others have the same lines
+        for operation in model.operations:
+            assert_on_gpu(model.reconstruct(x, operation=operation))
     assert_on_gpu(model.interpolate(x, x, 3, base=prior == "realnvp"), model.vary(x, ["u"], 2))
 
 
