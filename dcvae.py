@@ -621,8 +621,7 @@ def train(cfg, model, images, folder, checkpoint):
         label_values(cfg, images, "train")  # a wrong flag is told now, not after the training
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
-    batch_size = min(cfg.batch_size, max(1, len(images.train) // d_steps))
-    data = Batches(images.train, d_steps * batch_size, cfg.device, cfg.seed,
+    data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
                    parts=d_steps * world)  # not augmented, as released
     total = cfg.steps or cfg.epochs * data.per_epoch
     judge = fid_judge(cfg, images)

@@ -560,6 +560,29 @@ def test_patches_are_one_place_of_each_block():
             model.discriminator(x, torch.full((4, 2), corner))
 
 
+def test_place_of_patches_changes():
+    """Else the same corner of every map is contrasted at every step, or in every block."""
+    model = make(patch_after=0)
+    x = torch.rand(2, 3, 16, 16)
+    first, _ = model.encode_keys(x, patches=True)
+    second, _ = model.encode_keys(x, patches=True)
+    places = torch.cat([first, second])
+    assert places.shape == (8, 2)
+    assert len(places.unique(dim=0)) == 8
+    assert places.min() >= 0
+    assert places.max() < 1
+
+
+def test_patches_begin_after_patch_after():
+    """Else local patches are contrasted a step too early, from the start, or without the flag."""
+    never = Config()
+    assert not dcvae.patches_wanted(never, 10**6)
+    late = Config(patch_after=3)
+    assert [dcvae.patches_wanted(late, step) for step in (1, 3, 4, 5)] == [False, False, True, True]
+    at_once = Config(patch_after=0)
+    assert dcvae.patches_wanted(at_once, 1)
+
+
 def test_patches_do_not_wait_for_the_device():
     """Else every block reads a number on the host; an index with one element is a gather."""
     model = make(patch_after=0)
