@@ -538,15 +538,26 @@ def test_commands_of_the_readme_run(line, tiny_data, tmp_path, monkeypatch):
     assert call(script, [*words, *flags_for(script, tiny_data, tmp_path, **short)]) == 0
 
 
+@pytest.fixture(scope="module")
+def first_runs(tiny_data, tmp_path_factory):
+    """A folder with a run of two steps, "first", of each script that a command goes on with."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_short(patch)
+        for script in sorted({script for script, *_ in CHEAP_GO_ON}):
+            assert call(script, flags_for(script, tiny_data, folder / script, name="first")) == 0
+    return folder
+
+
 @pytest.mark.parametrize("line", CHEAP_GO_ON, ids=" ".join)
-def test_commands_of_the_readme_go_on(line, tiny_data, tmp_path, monkeypatch):
+def test_commands_of_the_readme_go_on(line, first_runs, tmp_path, monkeypatch):
     """After a run of two steps, as printed, but for where it is kept and the number of steps.
 
     Flags of that run that are not printed follow from its checkpoint.
     """
     cut_short(monkeypatch)
     script, *words = line
-    assert call(script, flags_for(script, tiny_data, tmp_path, name="first")) == 0
+    shutil.copytree(first_runs / script / "first", tmp_path / "first")
     here = ["--out_dir", str(tmp_path), "--name", "first", "--steps", "3"]
     assert call(script, [*words, *here]) == 0
     log = (tmp_path / "first" / "log.jsonl").read_text().splitlines()
