@@ -518,40 +518,66 @@ def augment(pixels, share=0.05):
 #
 # δ is half a grid step. The lowest pixel value owns everything below it (the first σ alone), the
 # highest everything above it (1 - the second σ): the 256 probabilities telescope to exactly one.
+#
+# With --block 2 the same is said of 2x2 pixels at once: c runs over their n = 4C values, all four of
+# red, then of green, of blue. The n(n-1)/2 coefficients are then the same for all components, or
+# they would be most of what the network has to give, and are used without tanh.
 # --------------------------------------------------------------------------------------------------
 
 MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
 
 
-def dmol_channels(channels, mixtures=MIXTURES):
-    """Parameters a pixel: a component has 1 weight, C means, C log-scales, C(C-1)/2 couplings."""
-    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+def dmol_channels(channels, mixtures=MIXTURES, block=1):
+    """Parameters of a block of `block`² pixels, n = C·block² values: 100 for an RGB pixel.
+
+    A component has 1 weight, n means, n log-scales. Of n(n-1)/2 couplings a pixel has as many
+    matrices as components, a larger block one for all.
+    """
+    n = channels * block**2
+    matrices = mixtures if block == 1 else 1
+    return mixtures * (1 + 2 * n) + matrices * n * (n - 1) // 2
 
 
 class Dmol:
     """The mixture of discretized logistics of an image, in the manner of torch.distributions.
 
-    `params` (B, P, H, W) is a network's output. With `shift` (B, C or 1, H, W) they describe what
-    is left of x when the shift is taken from it. The mixture of Dlogistic in the selfVAE paper,
-    Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels. Computed in fp32 or float64.
+    `params` (B, P, H, W) is a network's output; with `block` 2, for blocks of 2x2 pixels, it is
+    (B, P, H/2, W/2). With `shift` (B, C or 1, H, W) they describe what is left of x when the shift
+    is taken from it. The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with
+    PixelCNN++'s coupling of the channels. Computed in fp32 or float64.
+
+    Shapes below: n = C·block² values of a block, h x w blocks, M components.
     """
 
-    def __init__(self, params, shift=None, mixtures=MIXTURES):
+    def __init__(self, params, shift=None, mixtures=MIXTURES, block=1):
         params = params.to(torch.promote_types(params.dtype, torch.float32))  # never in bf16
-        B, P, H, W = params.shape
-        rows = P // mixtures  # = (C + 1)(C + 2)/2, solved for C:
-        C = (math.isqrt(8 * rows + 1) - 3) // 2
-        params = params.unflatten(1, (rows, mixtures))
-        weights, means, log_scales, couplings = params.split([1, C, C, C * (C - 1) // 2], 1)
-        self.logits = weights[:, 0]  # (B, M, H, W)
-        self.means = means  # (B, C, M, H, W)
+        B, P, h, w = params.shape
+        C = 1
+        while dmol_channels(C, mixtures, block) < P:
+            C += 1
+        n = C * block**2
+        of_components = mixtures * (1 + 2 * n)
+        params, couplings = params.split([of_components, P - of_components], 1)
+        params = params.unflatten(1, (1 + 2 * n, mixtures))
+        weights, means, log_scales = params.split([1, n, n], 1)
+        self.logits = weights[:, 0]  # (B, M, h, w)
+        self.means = means  # (B, n, M, h, w)
         # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats a
         # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
         # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
-        self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, C, M, H, W)
-        self.couplings = couplings.tanh()  # (B, C(C-1)/2, M, H, W): (2,1), (3,1), (3,2) of (c, j)
-        self.channels = C
-        self.shift = params.new_zeros(B, C, H, W) if shift is None else shift.expand(B, C, H, W)
+        self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, n, M, h, w)
+        # (B, n(n-1)/2, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the mean of a block is
+        # known, its last value is minus the others: a coefficient of -1, which no tanh reaches.
+        pairs = n * (n - 1) // 2
+        if block == 1:
+            self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh()
+        else:
+            self.couplings = couplings.unflatten(1, (pairs, 1))
+        if shift is None:
+            shift = params.new_zeros(1)
+        self.shift = F.pixel_unshuffle(shift.expand(B, C, h * block, w * block), block)
+        self.n = n
+        self.block = block
 
     def log_prob(self, x):
         """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
@@ -561,12 +587,12 @@ class Dmol:
         nor underflow, however improbable the pixel. An edge bin leaves out the terms of the edge
         that it does not have. (PixelCNN++ needs an approximation for improbable pixels.)
         """
-        x = x.to(self.means.dtype)
+        x = F.pixel_unshuffle(x.to(self.means.dtype), self.block)  # (B, n, h, w)
         lowest = x < -1 + 1 / 255
         highest = x > 1 - 1 / 255
-        left = (x - self.shift).unsqueeze(2).unbind(1)  # C of (B, 1, H, W), against M components
-        log_p = self.logits.log_softmax(1)  # (B, M, H, W)
-        for c in range(self.channels):
+        left = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
+        log_p = self.logits.log_softmax(1)  # (B, M, h, w)
+        for c in range(self.n):
             inverse_scale = torch.exp(-self.log_scales[:, c])
             centred = left[c] - coupled_mean(self.means, self.couplings, c, left)
             log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below
@@ -581,20 +607,22 @@ class Dmol:
     def sample(self):
         """x ~ p(x) -> (B, C, H, W), on the grid."""
         chosen = Categorical(logits=self.logits.movedim(1, -1), validate_args=False).sample()
-        chosen = chosen[:, None, None]  # (B, 1, 1, H, W)
-        means = self.means.take_along_dim(chosen, 2)  # (B, C, 1, H, W): of one component
+        chosen = chosen[:, None, None]  # (B, 1, 1, h, w)
+        means = self.means.take_along_dim(chosen, 2)  # (B, n, 1, h, w): of one component
         scales = self.log_scales.take_along_dim(chosen, 2).exp()
-        couplings = self.couplings.take_along_dim(chosen, 2)
+        couplings = self.couplings
+        if self.block == 1:
+            couplings = couplings.take_along_dim(chosen, 2)
         x = []
         left = []
-        for c in range(self.channels):
-            mean = coupled_mean(means, couplings, c, left)  # (B, 1, H, W)
+        for c in range(self.n):
+            mean = coupled_mean(means, couplings, c, left)  # (B, 1, h, w)
             noise = torch.logit(torch.rand_like(mean), eps=2**-25)  # logistic; rand can be 0
             shift = self.shift[:, c:c + 1]
-            # Rounded here, so that the next channel is conditioned on what the pixel will be.
+            # Rounded here: the next is conditioned on the value that this one will have.
             x.append(quantize(mean + scales[:, c] * noise + shift))
             left.append(x[c] - shift)
-        return torch.cat(x, 1)
+        return F.pixel_shuffle(torch.cat(x, 1), self.block)
 
     @property
     def mean(self):
@@ -604,19 +632,20 @@ class Dmol:
         """
         x = []
         left = []
-        for c in range(self.channels):
+        for c in range(self.n):
             shift = self.shift[:, c:c + 1]
-            mean = coupled_mean(self.means, self.couplings, c, left)  # (B, M, H, W)
+            mean = coupled_mean(self.means, self.couplings, c, left)  # (B, M, h, w)
             x.append((mean + shift).clamp(-1, 1))
             left.append(x[c] - shift)
         weights = self.logits.softmax(1)
-        return quantize((weights.unsqueeze(1) * torch.stack(x, 1)).sum(2))
+        x = (weights.unsqueeze(1) * torch.stack(x, 1)).sum(2)
+        return F.pixel_shuffle(quantize(x), self.block)
 
 
 def coupled_mean(means, couplings, c, left):
-    """μ_mc, the components' means of channel c given the channels before it: R, then G, then B.
+    """μ_mc, the components' means of value c of a block given the values before it.
 
-    means (B, C, M, H, W), couplings (B, C(C-1)/2, M, H, W), left: channels (B, M or 1, H, W).
+    means (B, n, M, h, w), couplings (B, n(n-1)/2, M or 1, h, w), left: n of (B, M or 1, h, w).
     """
     mean = means[:, c]
     for j in range(c):

@@ -59,9 +59,9 @@ from common import (
 # ---- Config --------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1):
-    """A field of Config. A `fixed` one cannot change in a run; `low` is the least number."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low}
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -949,11 +949,14 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            raise UserError(f"--{f.name} must be finite and at least {low}, not {value}")
-        if run and f.metadata["fixed"] and value != run[f.name]:
-            raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and value is not None:
+            if not low <= value <= high or math.isinf(value):
+                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
+        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
+        if value != kept:
+            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     return cfg
 
 

@@ -54,9 +54,9 @@ from common import (
 # ---- Config --------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1):
-    """A field of Config. A `fixed` one cannot change in a run; `low` is the least number."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low}
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -82,6 +82,8 @@ class Config:
                            fixed=True)
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
                      "from 1000 on falls, to a tenth", fixed=True, low=0)
+    cooldown: float = flag(0.0, "last share of the steps over which the rate falls to zero",
+                           fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
@@ -456,6 +458,7 @@ def train(cfg, model, images, folder, checkpoint):
     else:
         state = restore(checkpoint, model, optimizer)
     f = parallel(cfg, model)
+    cooling_from = start_of_cooldown(cfg, state, total)
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
@@ -473,7 +476,8 @@ def train(cfg, model, images, folder, checkpoint):
         # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a
         # falling rate averages noise out. The numbers are ours; a tenth is reached at step 100,000.
         warmth = min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
-        optimizer.param_groups[0]["lr"] = cfg.lr * warmth
+        cooling = min(1, (total + 1 - step) / (total + 1 - cooling_from))  # 1 without --cooldown
+        optimizer.param_groups[0]["lr"] = cfg.lr * warmth * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
@@ -486,6 +490,20 @@ def train(cfg, model, images, folder, checkpoint):
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state)
     save(folder / "last.pt", cfg, model, optimizer, state)
+
+
+# Copied from vae.py: start_of_cooldown
+def start_of_cooldown(cfg, state, total):
+    """The step after which the learning rate falls to zero, over the last --cooldown of `total`.
+
+    UserError for a run in which it has begun to fall towards another last step.
+    """
+    planned = state.get("total", total)
+    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
+        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
+                        f"its --steps cannot become {total}: take another --name")
+    state["total"] = total
+    return (1 - cfg.cooldown) * total
 
 
 # Copied from vae.py: validate
@@ -685,11 +703,14 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            raise UserError(f"--{f.name} must be finite and at least {low}, not {value}")
-        if run and f.metadata["fixed"] and value != run[f.name]:
-            raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and value is not None:
+            if not low <= value <= high or math.isinf(value):
+                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
+        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
+        if value != kept:
+            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     return cfg
 
 

@@ -56,9 +56,9 @@ from common import (
 # ---- Config --------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1):
-    """A field of Config. A `fixed` one cannot change in a run; `low` is the least number."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low}
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,12 +78,16 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
+    block: int = flag(1, "side of the blocks of pixels that have one mixture; 1 is the paper's",
+                      fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(32, "images a step, all processes together", fixed=True)
     lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
                      fixed=True, low=0)
+    cooldown: float = flag(0.0, "last share of the steps over which the rate falls to zero",
+                           fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
@@ -265,6 +269,23 @@ class Decoder(nn.Sequential):
         super().__init__(*parts, conv(channels, c_out, sd=sd))
 
 
+# Copied from vae.py: FEATURES
+FEATURES = 24  # of a pixel, from which those of four make the parameters of their block
+
+
+# Copied from vae.py: mixture_network
+def mixture_network(Network, *sizes, channels, block):
+    """A Network of these sizes with the parameters of a Dmol over C = `channels` as its output.
+
+    (B, P, H, W), or for 2x2 blocks of pixels (B, P, H/2, W/2).
+    """
+    if block == 1:
+        return Network(*sizes, dmol_channels(channels), sd=0.1)
+    return nn.Sequential(
+        Network(*sizes, FEATURES, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
+        conv(FEATURES * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
+
+
 # Copied from vae.py: gaussian
 def gaussian(params):
     """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
@@ -313,17 +334,30 @@ class ConditionalDecoder(nn.Module):
     input. The parameters are as many.
     """
 
-    def __init__(self, channels, size, c_out, residual, z_width, features, joint_width):
+    def __init__(self, channels, size, c_out, residual, block, z_width, features, joint_width):
         super().__init__()
         self.size = size
         self.residual = residual
+        self.block = block
         self.from_z = Decoder(size, *z_width, features, sd=1.0)
-        self.joint = dense_blocks(features + channels, *joint_width, dmol_channels(c_out), sd=0.1)
+        self.joint = mixture_network(
+            dense_blocks, features + channels, *joint_width, channels=c_out, block=block)
 
     def forward(self, y, z):
-        y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
+        y = upsample(y, self.size, self.block)
         params = self.joint(torch.cat([self.from_z(z), y], 1))
-        return Dmol(params, shift=y) if self.residual else Dmol(params)
+        return Dmol(params, shift=y if self.residual else None, block=self.block)
+
+
+def upsample(y, size, block):
+    """y (B, C, H, W) at `size` pixels a side, bilinear.
+
+    For blocks, each has then what it lacks added, so that its mean is y's pixel.
+    """
+    s = F.interpolate(y, size=(size, size), mode="bilinear")
+    if block == 2 and y.shape[2] < size:
+        s = s + F.interpolate(y - F.avg_pool2d(s, 2), scale_factor=2)
+    return s
 
 
 # ---- Prior p(u): log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z) ------------
@@ -588,6 +622,7 @@ class SelfVAE(nn.Module):
         channels, size, _ = image_shape
         halvings(size)
         self.K = cfg.levels
+        self.block = cfg.block
         self.d, most, coarse = TRANSFORMS[cfg.transform]
         if cfg.transform == "grayscale" and channels == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
@@ -607,7 +642,8 @@ class SelfVAE(nn.Module):
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        self.p_y = Decoder(size_1, *width["p_y"], dmol_channels(channels_1))  # Eq. (3.2c)
+        self.p_y = mixture_network(  # Eq. (3.2c)
+            Decoder, size_1, *width["p_y"], channels=channels_1, block=cfg.block)
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
@@ -617,7 +653,7 @@ class SelfVAE(nn.Module):
             self.q_z.append(Encoder(C_next, side_next, *width["q_z"]))  # Eq. (3.2h)
             self.p_z.append(ConditionalPrior(C, side, *width["p_z"]))  # Eq. (3.2d)
             self.p_x.append(  # Eq. (3.2e)
-                ConditionalDecoder(C, side_next, C_next, coarse, *width["p_x"]))
+                ConditionalDecoder(C, side_next, C_next, coarse, cfg.block, *width["p_x"]))
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -653,7 +689,7 @@ class SelfVAE(nn.Module):
         q_u = gaussian(self.q_u(y[1]))
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
-        p_y = Dmol(self.p_y(u))
+        p_y = Dmol(self.p_y(u), block=self.block)
         terms[re[1]] = -p_y.log_prob(y[1])
         z = u  # z_0
         for k in range(1, self.K + 1):
@@ -690,7 +726,7 @@ class SelfVAE(nn.Module):
         log_w = []
         for _ in range(samples):
             u = q_u.rsample()
-            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u)).log_prob(y[1])
+            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), block=self.block).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
             for k in range(1, self.K + 1):
@@ -716,7 +752,7 @@ class SelfVAE(nn.Module):
         else:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
             u = self.p_u.from_noise(temperature * v)
-        p_y = Dmol(self.p_y(u))
+        p_y = Dmol(self.p_y(u), block=self.block)
         if "y_1" in known:
             y = known["y_1"]
         else:
@@ -848,6 +884,8 @@ def train(cfg, model, images, folder, checkpoint):
         state = restore(checkpoint, model, optimizer)
     bound = parallel(cfg, model)
 
+    cooling_from = start_of_cooldown(cfg, state, total)
+
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -858,7 +896,9 @@ def train(cfg, model, images, folder, checkpoint):
         loss = sum(terms.values()).mean()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+        rate = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+        cooling = min(1, (total + 1 - step) / (total + 1 - cooling_from))  # 1 without --cooldown
+        optimizer.param_groups[0]["lr"] = rate * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
@@ -871,6 +911,20 @@ def train(cfg, model, images, folder, checkpoint):
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state)
     save(folder / "last.pt", cfg, model, optimizer, state)
+
+
+# Copied from vae.py: start_of_cooldown
+def start_of_cooldown(cfg, state, total):
+    """The step after which the learning rate falls to zero, over the last --cooldown of `total`.
+
+    UserError for a run in which it has begun to fall towards another last step.
+    """
+    planned = state.get("total", total)
+    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
+        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
+                        f"its --steps cannot become {total}: take another --name")
+    state["total"] = total
+    return (1 - cfg.cooldown) * total
 
 
 # Copied from vae.py: validate
@@ -1133,11 +1187,14 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            raise UserError(f"--{f.name} must be finite and at least {low}, not {value}")
-        if run and f.metadata["fixed"] and value != run[f.name]:
-            raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and value is not None:
+            if not low <= value <= high or math.isinf(value):
+                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
+        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
+        if value != kept:
+            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     return cfg
 
 

@@ -49,9 +49,9 @@ from common import (
 
 # ---- Config --------------------------------------------------------------------------------------
 
-def flag(default, text, fixed=False, choices=None, low=1):
-    """A field of Config. A `fixed` one cannot change in a run; `low` is the least number."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low}
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,12 +68,16 @@ class Config:
     prior: str = flag("realnvp", "p(z), section A.2", fixed=True,
                       choices=("normal", "mog", "realnvp"))
     mog_components: int = flag(10, "of --prior mog (Table 2's size implies 1000)", fixed=True)
+    block: int = flag(1, "side of the blocks of pixels that have one mixture; 1 is the paper's",
+                      fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
     batch_size: int = flag(32, "images a step, all processes together", fixed=True)
     lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
                      fixed=True, low=0)
+    cooldown: float = flag(0.0, "last share of the steps over which the rate falls to zero",
+                           fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
@@ -244,6 +248,21 @@ class Decoder(nn.Sequential):
                 parts += [conv(channels, channels // 2, double=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*parts, conv(channels, c_out, sd=sd))
+
+
+FEATURES = 24  # of a pixel, from which those of four make the parameters of their block
+
+
+def mixture_network(Network, *sizes, channels, block):
+    """A Network of these sizes with the parameters of a Dmol over C = `channels` as its output.
+
+    (B, P, H, W), or for 2x2 blocks of pixels (B, P, H/2, W/2).
+    """
+    if block == 1:
+        return Network(*sizes, dmol_channels(channels), sd=0.1)
+    return nn.Sequential(
+        Network(*sizes, FEATURES, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
+        conv(FEATURES * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
 
 
 def gaussian(params):
@@ -440,7 +459,9 @@ class VAE(nn.Module):
             self.p_z = MoGPrior(cfg.mog_components)
         else:
             self.p_z = RealNVPPrior(*width["flow"])
-        self.p_x = Decoder(size, *width["p_x"], dmol_channels(channels))
+        self.block = cfg.block
+        self.p_x = mixture_network(
+            Decoder, size, *width["p_x"], channels=channels, block=cfg.block)
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -458,7 +479,7 @@ class VAE(nn.Module):
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample()
-        p_x = Dmol(self.p_x(z))
+        p_x = Dmol(self.p_x(z), block=self.block)
         return {"re_x": -p_x.log_prob(x), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
     forward = terms
@@ -480,7 +501,7 @@ class VAE(nn.Module):
         log_w = []
         for _ in range(samples):
             z = q_z.rsample()
-            log_p = Dmol(self.p_x(z)).log_prob(x) + self.p_z.log_prob(z)
+            log_p = Dmol(self.p_x(z), block=self.block).log_prob(x) + self.p_z.log_prob(z)
             log_w.append(log_p - q_z.log_prob(z))
         return torch.stack(log_w)
 
@@ -511,7 +532,7 @@ class VAE(nn.Module):
 
     def decode(self, z, mean=False):
         """x ~ p(x|z) or its mean: z (B, 16, 8, 8) -> (B, C, H, W)."""
-        p_x = Dmol(self.p_x(z))
+        p_x = Dmol(self.p_x(z), block=self.block)
         return p_x.mean if mean else p_x.sample()
 
 
@@ -534,6 +555,8 @@ def train(cfg, model, images, folder, checkpoint):
         state = restore(checkpoint, model, optimizer)
     bound = parallel(cfg, model)
 
+    cooling_from = start_of_cooldown(cfg, state, total)
+
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -544,7 +567,9 @@ def train(cfg, model, images, folder, checkpoint):
         loss = sum(terms.values()).mean()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+        rate = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+        cooling = min(1, (total + 1 - step) / (total + 1 - cooling_from))  # 1 without --cooldown
+        optimizer.param_groups[0]["lr"] = rate * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
@@ -557,6 +582,19 @@ def train(cfg, model, images, folder, checkpoint):
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state)
     save(folder / "last.pt", cfg, model, optimizer, state)
+
+
+def start_of_cooldown(cfg, state, total):
+    """The step after which the learning rate falls to zero, over the last --cooldown of `total`.
+
+    UserError for a run in which it has begun to fall towards another last step.
+    """
+    planned = state.get("total", total)
+    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
+        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
+                        f"its --steps cannot become {total}: take another --name")
+    state["total"] = total
+    return (1 - cfg.cooldown) * total
 
 
 def validate(cfg, model, images, folder, optimizer, state):
@@ -679,11 +717,14 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        if f.type in (int, float) and value is not None and not low <= value < math.inf:
-            raise UserError(f"--{f.name} must be finite and at least {low}, not {value}")
-        if run and f.metadata["fixed"] and value != run[f.name]:
-            raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and value is not None:
+            if not low <= value <= high or math.isinf(value):
+                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
+        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
+        if value != kept:
+            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     return cfg
 
 

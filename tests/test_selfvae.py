@@ -497,7 +497,7 @@ def linear_gaussian(monkeypatch, c):
 
     model = make(levels=1, channels=1, prior="normal")
     x = noise_images(3, channels=1)
-    monkeypatch.setattr(selfvae, "Dmol", lambda distribution: distribution)  # what p_y gives
+    monkeypatch.setattr(selfvae, "Dmol", lambda distribution, block: distribution)
     model.q_u = Stub(q_u)
     model.p_y = Stub(p_y)
     model.q_z[0] = Stub(q_z)

@@ -299,7 +299,7 @@ class Linear(torch.nn.Module):
         return A * z[:, :1]
 
 
-def around(mean):
+def around(mean, block):
     """In place of Dmol: p(x|z) = N(mean, TAU²)."""
     return Independent(Normal(mean, TAU), 3)
 
