@@ -519,8 +519,8 @@ def augment(pixels, share=0.05):
 # δ is half a grid step. The lowest pixel value owns everything below it (the first σ alone), the
 # highest everything above it (1 - the second σ): the 256 probabilities telescope to exactly one.
 #
-# With --block 2 the same is said of 2x2 pixels at once: c runs over their n = 4C values, all four of
-# red, then of green, of blue. The n(n-1)/2 coefficients are then the same for all components, or
+# With --block 2 the same is said of 2x2 pixels at once: c runs over their n = 4C values, all four
+# of red, then of green, of blue. The n(n-1)/2 coefficients are then the same for all components, or
 # they would be most of what the network has to give, and are used without tanh.
 # --------------------------------------------------------------------------------------------------
 

@@ -703,7 +703,8 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low, high = f.metadata["low"], f.metadata["high"]
+        low = f.metadata["low"]
+        high = f.metadata["high"]
         if f.type in (int, float) and value is not None:
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"

@@ -250,9 +250,6 @@ class Decoder(nn.Sequential):
         super().__init__(*parts, conv(channels, c_out, sd=sd))
 
 
-FEATURES = 24  # of a pixel, from which those of four make the parameters of their block
-
-
 def mixture_network(Network, *sizes, channels, block):
     """A Network of these sizes with the parameters of a Dmol over C = `channels` as its output.
 
@@ -260,9 +257,10 @@ def mixture_network(Network, *sizes, channels, block):
     """
     if block == 1:
         return Network(*sizes, dmol_channels(channels), sd=0.1)
+    features = 24  # of a pixel; those of four pixels make the parameters of their block
     return nn.Sequential(
-        Network(*sizes, FEATURES, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
-        conv(FEATURES * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
+        Network(*sizes, features, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
+        conv(features * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
 
 
 def gaussian(params):
@@ -717,7 +715,8 @@ def parse_flags(argv=None, run=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low, high = f.metadata["low"], f.metadata["high"]
+        low = f.metadata["low"]
+        high = f.metadata["high"]
         if f.type in (int, float) and value is not None:
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"

@@ -8,6 +8,9 @@
                                        with known log p(x) and of a trained vae.py
     python docs/figures.py holes       minutes: MNIST (downloaded) with two latents; codes of all
                                        images, prior, draws, for N(0, 1) and for a flow
+    python docs/figures.py blocks RUN_FOLDER RUN_FOLDER
+                                       seconds: draws of x given y by a selfvae.py without and with
+                                       --block 2, and how far d of them is from y
 
 Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
 from `python realnvp.py --dataset moons`.
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (  # noqa: E402 (needs the path above)
     Batches, dmol_log_prob, from_uint8, load_images, log_mean_exp)
 from realnvp import Couplings, mlp  # noqa: E402
+import selfvae  # noqa: E402
 import vae  # noqa: E402
 
 
@@ -312,11 +316,36 @@ def draw_holes(row, name, model, images):
     of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
 
 
+# ---- blocks --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def blocks(*runs, data_dir="data"):
+    """Test images, their y, and for each run a draw of x given y and 8 |d(x̂) - y|, 8 in a row."""
+    rows = []
+    for run in runs:
+        checkpoint = torch.load(Path(run, "best.pt"), weights_only=True)
+        cfg = selfvae.Config(**checkpoint["config"])
+        images = load_images(cfg.dataset, data_dir, cfg.size)
+        model = selfvae.SelfVAE(cfg, images.shape)
+        model.load_state_dict(checkpoint["model"])
+        x = from_uint8(torch.from_numpy(images.test[:8]).movedim(3, 1))
+        y = model.representations(x)[model.K]
+        torch.manual_seed(0)
+        draw = model.reconstruct(x, operation="conditional_generate")
+        missed = (model.representations(draw)[model.K] - y).abs()
+        if not rows:
+            rows += [x, selfvae.enlarged(y, x)]
+        rows += [draw, selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)]  # black: y is met
+    selfvae.save_grid(FOLDER / "blocks", *rows)
+
+
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
-    figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes}
+    figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
+               "blocks": blocks}
+    folders = {"tighten": 1, "blocks": 2}
     name, *arguments = words or [""]
-    if name not in figures or len(arguments) != (name == "tighten"):
+    if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)
         return 1
     figures[name](*arguments)

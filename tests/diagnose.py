@@ -118,7 +118,7 @@ def main(folder, data_dir="data"):
     q = gaussian(encoder(y[1]))
     z = q.rsample()
     kl = (q.log_prob(z) - prior.log_prob(z)).mean().item()
-    p_x = Dmol(decoder(z))
+    p_x = Dmol(decoder(z), block=model.block)
     print_row(names[1], y[1], p_x, p_x.sample(), kl, torch.zeros_like(y[1]), dims)
     for k in range(1, K + 1):
         target = y[k + 1]

@@ -166,7 +166,7 @@ def test_one_narrow_component_has_its_mean():
     assert (p_x.sample() - expected).abs().max() < 4 / 255
 
 
-# ---- A block whose mean is known ------------------------------------------------------------------
+# ---- A block whose mean is known -----------------------------------------------------------------
 
 def constrained(scale_of_last, couplings, scale=40):
     """p(x|y) of grey blocks, a function of x and y.
