@@ -336,7 +336,7 @@ def blocks(*runs, data_dir="data"):
         if not rows:
             rows += [x, selfvae.enlarged(y, x)]
         rows += [draw, selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)]  # black: y is met
-    selfvae.save_grid(FOLDER / "blocks", *rows)
+    selfvae.save_grid(FOLDER / "blocks.png", *rows)
 
 
 def main(words):
