@@ -458,7 +458,7 @@ def train(cfg, model, images, folder, checkpoint):
     else:
         state = restore(checkpoint, model, optimizer)
     f = parallel(cfg, model)
-    cooling_from = start_of_cooldown(cfg, state, total)
+    falls_after = start_of_cooldown(cfg, state, total)
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
@@ -476,7 +476,7 @@ def train(cfg, model, images, folder, checkpoint):
         # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a
         # falling rate averages noise out. The numbers are ours; a tenth is reached at step 100,000.
         warmth = min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
-        cooling = min(1, (total + 1 - step) / (total + 1 - cooling_from))  # 1 without --cooldown
+        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = cfg.lr * warmth * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})

@@ -115,8 +115,9 @@ class Config:
     @property
     def variant(self):
         """What the name of a run's folder says of it."""
-        variant = f"{self.transform}{self.levels}-{self.prior}"
-        return f"{variant}-small" if self.small else variant
+        blocks = "-block2" if self.block == 2 else ""
+        small = "-small" if self.small else ""
+        return f"{self.transform}{self.levels}-{self.prior}{blocks}{small}"
 
     def check(self):
         """UserError for what no model can be made of, before anything is written."""
@@ -880,8 +881,7 @@ def train(cfg, model, images, folder, checkpoint):
     else:
         state = restore(checkpoint, model, optimizer)
     bound = parallel(cfg, model)
-
-    cooling_from = start_of_cooldown(cfg, state, total)
+    falls_after = start_of_cooldown(cfg, state, total)
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
@@ -894,7 +894,7 @@ def train(cfg, model, images, folder, checkpoint):
         optimizer.zero_grad()
         loss.backward()
         rate = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
-        cooling = min(1, (total + 1 - step) / (total + 1 - cooling_from))  # 1 without --cooldown
+        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = rate * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
