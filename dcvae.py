@@ -98,13 +98,13 @@ class Config:
     negatives: int = flag(8096, "K, the images that the right one is told from", fixed=True)
     temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
     momentum: float = flag(0.999, "of the average of D that embeds real images for the contrast",
-                           fixed=True, low=0)
+                           fixed=True, low=0, high=1)
     contrast_layers: str = flag("b1,final", "where the contrast is taken: blocks b1 … b4 and "
                                 "final, the last features", fixed=True)
     patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
                             fixed=True, low=0)
     ema: float = flag(0.999, "of the decoder's average, which makes all figures and is evaluated",
-                      fixed=True, low=0)
+                      fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere on",
@@ -639,8 +639,8 @@ def train(cfg, model, images, folder, checkpoint):
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
-        seed_noise(cfg.seed, step, rank)
         state["step"] = step
+        seed_noise(cfg.seed, step, rank)
         batches = data.batch(step - 1, rank, world).chunk(d_steps)
         x = batches[-1]
         where = keys = None

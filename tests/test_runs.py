@@ -607,6 +607,14 @@ def test_wrong_flag(refused, script, told, flags):
     refused(script, told, **flags)
 
 
+@pytest.mark.parametrize("script, flag", [
+    ("vae", "cooldown"), ("selfvae", "cooldown"), ("realnvp", "cooldown"), ("dcvae", "momentum"),
+    ("dcvae", "ema")])
+def test_share_above_one(refused, script, flag):
+    """20 for a fifth would be a run at a twentieth of the rate."""
+    refused(script, f"--{flag} must be finite and from 0 to 1, not 20.0", **{flag: 20})
+
+
 @pytest.mark.parametrize("script", BOUNDS)
 def test_size_that_does_not_halve_to_8(refused, script, pictures):
     """20 pixels halve to 10 and 5."""
