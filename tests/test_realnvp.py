@@ -387,15 +387,19 @@ def test_dequantization_noise_is_drawn_anew():
 
 
 def test_images_come_back():
-    """x -> v -> x is the identity on levels, in fp64, and `inverse_error` is that rounding error,
-    in levels.
+    """x -> v -> x is the identity; `inverse_error` is what rounding leaves, in pixel values.
+
+    In fp32 that depends on the machine, but never makes another pixel value of one.
     """
-    model, x = make().double(), noise_images(4).double()
+    model = make().double()
+    x = noise_images(4).double()
     with torch.no_grad():
-        assert torch.equal(to_uint8(model.inverse(model(x)[0])), to_uint8(x))
+        v, _ = model(x)
+        assert torch.equal(to_uint8(model.inverse(v)), to_uint8(x))
     assert model.inverse_error(x).max() < 1e-8
     error = model.float().inverse_error(x.float())
-    assert error.shape == x.shape and 0 < error.max() < 0.05
+    assert error.shape == x.shape
+    assert 0 < error.max() < 0.5
 
 
 def test_samples_are_images():

@@ -226,7 +226,7 @@ def test_realnvp_results_and_figures(finished):
     config = read_json(folder / "config.json")
     nats = results["base"] + results["volume"]
     assert results.keys() >= {"parameters", "seconds_1", "seconds_100", "train_seconds"}
-    assert results["inverse_error"] < 0.1
+    assert results["inverse_error"] < 0.5
     group, = load(folder / "last.pt")["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(config["lr"] * 3 / 200)  # step 3 of the warm-up
     if config["dataset"] == "moons":
