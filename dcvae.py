@@ -140,8 +140,6 @@ class Config:
         """UserError for what no model can be made of, before anything is written."""
         start_side(self.size or 8)
         contrast_layers(self)
-        if max(self.momentum, self.ema) > 1:
-            raise UserError("--momentum and --ema are shares of what is kept, at most 1")
 
 
 # ---- Building blocks: residual blocks down, AutoGAN's cells up (A.5, Figure 15) ------------------

@@ -78,8 +78,8 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    block: int = flag(1, "side of the blocks of pixels that have one mixture; 1 is the paper's",
-                      fixed=True, choices=(1, 2))
+    block: int = flag(1, "side of the blocks of pixels that have one mixture in p(x|y, z), for "
+                      "K = 0 in p(x|u); 1 is the paper's", fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -620,7 +620,6 @@ class SelfVAE(nn.Module):
         channels, size, _ = image_shape
         halvings(size)
         self.K = cfg.levels
-        self.block = cfg.block
         self.d, most, coarse = TRANSFORMS[cfg.transform]
         if cfg.transform == "grayscale" and channels == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
@@ -640,8 +639,11 @@ class SelfVAE(nn.Module):
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
+        # y_1 keeps a mixture a pixel: only u makes its pixels fit together. With blocks, which tell
+        # of neighbours, u stays unused, and samples have no shapes. K = 0 is vae.py, with blocks.
+        self.block_1 = 1 if self.K else cfg.block
         self.p_y = mixture_network(  # Eq. (3.2c)
-            Decoder, size_1, *width["p_y"], channels=channels_1, block=cfg.block)
+            Decoder, size_1, *width["p_y"], channels=channels_1, block=self.block_1)
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
@@ -687,7 +689,7 @@ class SelfVAE(nn.Module):
         q_u = gaussian(self.q_u(y[1]))
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
-        p_y = Dmol(self.p_y(u), block=self.block)
+        p_y = Dmol(self.p_y(u), block=self.block_1)
         terms[re[1]] = -p_y.log_prob(y[1])
         z = u  # z_0
         for k in range(1, self.K + 1):
@@ -724,7 +726,7 @@ class SelfVAE(nn.Module):
         log_w = []
         for _ in range(samples):
             u = q_u.rsample()
-            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), block=self.block).log_prob(y[1])
+            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), block=self.block_1).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
             for k in range(1, self.K + 1):
@@ -750,7 +752,7 @@ class SelfVAE(nn.Module):
         else:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
             u = self.p_u.from_noise(temperature * v)
-        p_y = Dmol(self.p_y(u), block=self.block)
+        p_y = Dmol(self.p_y(u), block=self.block_1)
         if "y_1" in known:
             y = known["y_1"]
         else:

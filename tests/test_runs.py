@@ -633,7 +633,6 @@ def test_dcvae_refuses(refused, pictures):
     refused("dcvae", "--contrast_layers b9", contrast_layers="b9")
     refused("dcvae", "--label_column 7", label_column=7)
     refused("dcvae", "--label_value 9", label_value=9)
-    refused("dcvae", "at most 1", momentum=1.5)
     refused("dcvae", "invalid choice: 'gan'", loss="gan")
 
 
