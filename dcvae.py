@@ -666,11 +666,12 @@ def train(cfg, model, images, folder, checkpoint):
         if step % cfg.log_every == 0 or step == total:
             log_training(folder, state, total, rows, data.batch_size)
             rows = []
-            if time.perf_counter() > state["saved"] + SAVE_SECONDS:
-                save(folder / "last.pt", cfg, model, optimizer, state)
-                state["saved"] = time.perf_counter()
         if step % cfg.eval_every == 0 or step == total:
             validate(cfg, model, images, folder, optimizer, state, judge)
+        # After the validation, so that last.pt knows the best one; rows are logged by now.
+        if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
+            save(folder / "last.pt", cfg, model, optimizer, state)
+            state["saved"] = time.perf_counter()
     save(folder / "last.pt", cfg, model, optimizer, state)
 
 
@@ -935,7 +936,8 @@ def parse_flags(argv=None, run=None):
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
     for f in fields:
-        options = {"default": f.default, "help": f.metadata["help"]}
+        default = argparse.SUPPRESS if f.default is None else f.default  # the help says it
+        options = {"default": default, "help": f.metadata["help"]}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -972,8 +974,8 @@ def start_run(cfg, folder):
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        here = Path(__file__).parent
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                             capture_output=True, text=True)  # nothing, where there is no git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
         config = json.dumps({**dataclasses.asdict(cfg), **made_by}, indent=1)
@@ -1088,7 +1090,7 @@ def main(Model, argv=None):
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
 
 
