@@ -542,8 +542,8 @@ class Dmol:
     """The mixture of discretized logistics of an image, in the manner of torch.distributions.
 
     `params` (B, P, H, W) is a network's output; with `block` 2, for blocks of 2x2 pixels, it is
-    (B, P, H/2, W/2). With `shift` (B, C or 1, H, W) they describe what is left of x when the shift
-    is taken from it. The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with
+    (B, P, H/2, W/2). With `shift` (B, C or 1, H, W) the mixture is one of x - shift, called `rest`
+    below. The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with
     PixelCNN++'s coupling of the channels. Computed in fp32 or float64.
 
     Shapes below: n = C·block² values of a block, h x w blocks, M components.
@@ -566,8 +566,9 @@ class Dmol:
         # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
         # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
         self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, n, M, h, w)
-        # (B, n(n-1)/2, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the mean of a block is
-        # known, its last value is minus the others: a coefficient of -1, which no tanh reaches.
+        # (B, n(n-1)/2, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the mean
+        # of a block, the last value of x - shift is minus the sum of the others: coefficients of
+        # -1, which no tanh reaches.
         pairs = n * (n - 1) // 2
         if block == 1:
             self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh()
@@ -590,14 +591,15 @@ class Dmol:
         x = F.pixel_unshuffle(x.to(self.means.dtype), self.block)  # (B, n, h, w)
         lowest = x < -1 + 1 / 255
         highest = x > 1 - 1 / 255
-        left = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
+        rest = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
         log_p = self.logits.log_softmax(1)  # (B, M, h, w)
         for c in range(self.n):
             inverse_scale = torch.exp(-self.log_scales[:, c])
-            centred = left[c] - coupled_mean(self.means, self.couplings, c, left)
-            log_above = -F.softplus((centred - 1 / 255) * inverse_scale)  # log σ(-b): not below
-            log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)  # log σ(a): not above
-            log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))  # log(1 - e^(b-a))
+            centred = rest[c] - coupled_mean(self.means, self.couplings, c, rest)
+            # log σ(-b), above the lower edge; log σ(a), below the upper; log(1 - e^(b-a)).
+            log_above = -F.softplus((centred - 1 / 255) * inverse_scale)
+            log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)
+            log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))
             log_bin = log_above + log_below + log_width
             log_bin = torch.where(highest[:, c:c + 1], log_above, log_bin)
             log_bin = torch.where(lowest[:, c:c + 1], log_below, log_bin)
@@ -614,14 +616,14 @@ class Dmol:
         if self.block == 1:
             couplings = couplings.take_along_dim(chosen, 2)
         x = []
-        left = []
+        rest = []
         for c in range(self.n):
-            mean = coupled_mean(means, couplings, c, left)  # (B, 1, h, w)
+            mean = coupled_mean(means, couplings, c, rest)  # (B, 1, h, w)
             noise = torch.logit(torch.rand_like(mean), eps=2**-25)  # logistic; rand can be 0
             shift = self.shift[:, c:c + 1]
             # Rounded here: the next is conditioned on the value that this one will have.
             x.append(quantize(mean + scales[:, c] * noise + shift))
-            left.append(x[c] - shift)
+            rest.append(x[c] - shift)
         return F.pixel_shuffle(torch.cat(x, 1), self.block)
 
     @property
@@ -631,26 +633,26 @@ class Dmol:
         It ignores the rounding, and clips every component's mean to [-1, 1].
         """
         x = []
-        left = []
+        rest = []
         for c in range(self.n):
             shift = self.shift[:, c:c + 1]
-            mean = coupled_mean(self.means, self.couplings, c, left)  # (B, M, h, w)
+            mean = coupled_mean(self.means, self.couplings, c, rest)  # (B, M, h, w)
             x.append((mean + shift).clamp(-1, 1))
-            left.append(x[c] - shift)
+            rest.append(x[c] - shift)
         weights = self.logits.softmax(1)
         x = (weights.unsqueeze(1) * torch.stack(x, 1)).sum(2)
         return F.pixel_shuffle(quantize(x), self.block)
 
 
-def coupled_mean(means, couplings, c, left):
+def coupled_mean(means, couplings, c, rest):
     """μ_mc, the components' means of value c of a block given the values before it.
 
-    means (B, n, M, h, w), couplings (B, n(n-1)/2, M or 1, h, w), left: n of (B, M or 1, h, w).
+    means (B, n, M, h, w), couplings (B, n(n-1)/2, M or 1, h, w), rest: n of (B, M or 1, h, w).
     """
     mean = means[:, c]
     for j in range(c):
         pair = c * (c - 1) // 2 + j
-        mean = mean + couplings[:, pair] * left[j]
+        mean = mean + couplings[:, pair] * rest[j]
     return mean
 
 
@@ -995,6 +997,14 @@ def mean_over_steps(rows, step):
             raise FloatingPointError(f"step {step - len(rows) + 1 + i} is not finite, {named}; "
                                      "the last checkpoint is kept")
     return dict(zip(rows[0], table.mean(1).tolist()))
+
+
+def require_finite(model, step):
+    """FloatingPointError if a parameter is not: a finite loss can have a gradient that is not."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite after step {step}; "
+                                     "the last checkpoint is kept")
 
 
 def log_row(folder, state, split, values, dims=None, ending=""):

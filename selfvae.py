@@ -3,10 +3,11 @@
 (Gatopoulos & Tomczak 2020, section 3.) y is what a fixed function d makes of x: a smaller copy, a
 sketch. The model learns to draw y, and then x given y.
 
-    representations    y_k = d(y_{k+1}), k = K … 1, y_{K+1} = x, to 8 bits; d by --transform
+    representations    y_{K+1} = x, y_k = d(y_{k+1}) for k = K … 1, of 8 bits; --transform is d
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
     bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u]
+                       re_y is -log p of y, and kl_z is log q - log p of z
 
     python selfvae.py --small --steps 2000                   built-in shapes, minutes on a laptop
     python selfvae.py --dataset cifar10 --levels 1 --small   CIFAR-10 on a CPU
@@ -19,7 +20,7 @@ Paper: arXiv:2010.02014; "released" is the code of srVAE, its authors' predecess
 Derivation, logged terms, differences from the paper: docs/selfvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
-    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), as discrete as x
+    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), on the 256 values of x
     u = z_0, z_k (B, 16, 8, 8) latents · P = dmol_channels(C) mixture parameters a pixel
     v (B, 16, 8, 8) the noise of p(u), N(0, 1); of a flow the base variable
 """
@@ -78,8 +79,8 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    block: int = flag(1, "side of the blocks of pixels that have one mixture in p(x|y, z), for "
-                      "K = 0 in p(x|u); 1 is the paper's", fixed=True, choices=(1, 2))
+    block: int = flag(1, "side of the pixel blocks that share a mixture, in p(y_{k+1}|y_k, z_k), "
+                      "for K = 0 in p(x|u); the paper's is 1", fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -296,7 +297,10 @@ def gaussian(params):
 
 
 def dense_blocks(channels, growth, layers, c_out, sd=1.0):
-    """Three dense blocks in a row, then a 1x1 conv: (B, channels, H, W) -> (B, c_out, H, W)."""
+    """Three dense blocks, of this growth at any side, then a 1x1 conv.
+
+    (B, channels, H, W) -> (B, c_out, H, W).
+    """
     parts = []
     for _ in range(3):
         block = DenseBlock(channels, growth, layers)
@@ -306,59 +310,67 @@ def dense_blocks(channels, growth, layers, c_out, sd=1.0):
 
 
 class ConditionalPrior(nn.Module):
-    """p(z_k | y_k, z_{k-1}), a Gaussian: y_k (B, channels, size, size), z_{k-1} (B, 16, 8, 8)."""
+    """p(z_k | y_k, z_{k-1}), a Gaussian over (16, 8, 8).
 
-    def __init__(self, channels, size, y_width, joint_width):
+    y_k is (B, channels, size, size), z_{k-1} (B, 16, 8, 8).
+    """
+
+    def __init__(self, channels, size, y_width, latent_width):
         super().__init__()
         c = LATENT[0]
         encoder = Encoder(channels, size, *y_width, c_out=c, sd=1.0)
-        self.from_y = nn.Sequential(encoder, nn.ELU())  # as released: on z's way there is none
-        self.from_z = dense_blocks(c, *joint_width, c)
-        self.joint = dense_blocks(2 * c, *joint_width, 2 * c, sd=0.1)
+        self.from_y = nn.Sequential(encoder, nn.ELU())  # an ELU after y's branch alone, as released
+        self.from_z = dense_blocks(c, *latent_width, c)
+        self.joint = dense_blocks(2 * c, *latent_width, 2 * c, sd=0.1)
 
     def forward(self, y, z):
         return self.given(self.from_y(y), z)
 
     def given(self, h, z):
-        """The same of h = from_y(y_k), which importance weighting needs for many samples of z."""
+        """The same from h = from_y(y_k), which `log_weights` computes once for all samples."""
         return gaussian(self.joint(torch.cat([h, self.from_z(z)], 1)))
 
 
 class ConditionalDecoder(nn.Module):
-    """p(y_{k+1} | y_k, z_k), a mixture of logistics: y_k (B, channels, …), z_k (B, 16, 8, 8).
+    """p(y_{k+1} | y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
 
-    NOTE(paper): with `residual`, where y_k is a coarse y_{k+1}, it is the mixture of y_{k+1} less
-    the enlarged y_k. The released code has no residual: its network must first learn to copy its
-    input. The parameters are as many.
+    `z_features` is the number of channels that z becomes at full size.
+    NOTE(paper): with `residual`, for a y_k that is a coarse y_{k+1}, the mixture is one of
+    y_{k+1} - upsample(y_k). The released code has no residual, so its network must first learn to
+    copy its input. The number of parameters is the same.
     """
 
-    def __init__(self, channels, size, c_out, residual, block, z_width, features, joint_width):
+    def __init__(self, channels, size, c_out, residual, block, z_width, z_features, joint_width):
         super().__init__()
         self.size = size
         self.residual = residual
         self.block = block
-        self.from_z = Decoder(size, *z_width, features, sd=1.0)
+        self.from_z = Decoder(size, *z_width, z_features, sd=1.0)
         self.joint = mixture_network(
-            dense_blocks, features + channels, *joint_width, channels=c_out, block=block)
+            dense_blocks, z_features + channels, *joint_width, channels=c_out, block=block)
 
     def forward(self, y, z):
-        y = upsample(y, self.size, self.block)
-        params = self.joint(torch.cat([self.from_z(z), y], 1))
-        return Dmol(params, shift=y if self.residual else None, block=self.block)
+        enlarged_y = upsample(y, self.size, self.block)
+        params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
+        shift = enlarged_y if self.residual else None
+        return Dmol(params, shift, block=self.block)
 
 
 def upsample(y, size, block):
-    """y (B, C, H, W) at `size` pixels a side, bilinear.
+    """y (B, C, H, W) enlarged to (B, C, size, size), bilinear.
 
-    For blocks, each has then what it lacks added, so that its mean is y's pixel.
+    With `block` 2, where y has half the size, each block is then moved by a constant so that its
+    mean is y's pixel. What y_{k+1} differs by then sums to 0 in a block, but for the rounding of d:
+    three of its pixels tell the fourth.
     """
-    s = F.interpolate(y, size=(size, size), mode="bilinear")
+    enlarged_y = F.interpolate(y, size=(size, size), mode="bilinear")
     if block == 2 and y.shape[2] < size:
-        s = s + F.interpolate(y - F.avg_pool2d(s, 2), scale_factor=2)
-    return s
+        missing = y - F.avg_pool2d(enlarged_y, 2)
+        enlarged_y = enlarged_y + F.interpolate(missing, scale_factor=2)
+    return enlarged_y
 
 
-# ---- Prior p(u): log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z) ------------
+# ---- Prior p(u), u written z as in vae.py: log_prob(z) -> (B,) in nats; from_noise(v) -> z -------
 
 # Copied from vae.py: NormalPrior
 class NormalPrior(nn.Module):
@@ -535,7 +547,8 @@ def sketch(y):
     dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a
     Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
     NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another
-    algorithm. The two "+ 1" turn black areas white, as all flat ones, where 0 / 0 would stand.
+    algorithm. Here a and 255 - b are one larger than in the formula, so that black areas, where
+    it has 0 / 0, turn white like all flat ones.
     """
     a = grayscale(y)
     b = 255 - a
@@ -544,7 +557,7 @@ def sketch(y):
         for i in range(9):
             blurred = blurred + math.comb(8, i) * shifted(b, dim, i - 4)
         b = blurred
-    b = (b + 2**15) // 2**16  # the weights of a side sum to 2⁸
+    b = (b + 2**15) // 2**16  # the weights of each direction sum to 2⁸
     return (255 * (a + 1) // (255 - b + 1)).clamp(max=255)
 
 
@@ -552,8 +565,8 @@ def edges(y):
     """Length of the gradient of the grayscale image, rounded, at most 255 -> (B, 1, H, W).
 
     The gradient of a is (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}). Its length is the one float here,
-    and cannot tip over: (m + ½)² = m² + m + ¼, so the root of an integer below 256² keeps 4e-4 from
-    m + ½.
+    and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
+    integer below 256² is at least 4e-4 away from m + ½.
     """
     a = grayscale(y)
     across = shifted(a, 3, 1) - shifted(a, 3, -1)
@@ -579,8 +592,9 @@ TRANSFORMS = {  # --transform: d, the most --levels that make sense, whether d(y
 # ---- The model -----------------------------------------------------------------------------------
 
 # Changed from vae.py: every factor has its own
-WIDTHS = {  # (growth, layers) of dense blocks
-    # p_z: from_y; from_z and joint. p_x: from_z; the features it makes; joint.
+# (growth, layers) of the dense blocks of each factor. p_z: those of from_y, then those of from_z
+# and joint. p_x: those of from_z, how many channels it makes of z, those of joint.
+WIDTHS = {
     "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
     "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
@@ -591,7 +605,8 @@ WIDTHS = {  # (growth, layers) of dense blocks
                    p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),
     "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
                         p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
-    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),  # as many as "vae-small"
+    # About as many parameters as "vae-small".
+    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
                   p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2))),
 }
 
@@ -610,23 +625,23 @@ def widths(cfg, size, y_size):
 class SelfVAE(nn.Module):
     """The factors of K = cfg.levels levels: q_u, p_u, p_y, and the lists q_z, p_z, p_x.
 
-    Item k - 1 of a list belongs to level k. `image_shape` is (C, H, W), H = W = 8 · 2ⁿ, and every y
-    must have 8 pixels a side (else UserError). Networks take C_k, H_k from d itself. K = 0 is a
-    VAE: x is y_1, and p_y decodes it.
+    Item k - 1 of a list belongs to level k. `image_shape` is (C, H, W), H = W = 8 · 2ⁿ. No y may
+    have fewer than 8 pixels a side (UserError). K = 0 is a VAE: x is y_1, and p_y decodes it.
     """
 
     def __init__(self, cfg, image_shape):
         super().__init__()
         channels, size, _ = image_shape
-        halvings(size)
+        halvings(size)  # UserError for a size that is not 8 · 2ⁿ
         self.K = cfg.levels
+        self.latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]  # z_0 … z_K, as z_0 = u
         self.d, most, coarse = TRANSFORMS[cfg.transform]
-        if cfg.transform == "grayscale" and channels == 1:
+        if self.K and cfg.transform == "grayscale" and channels == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
         if self.K > most:
             raise UserError(f"--transform {cfg.transform} cannot be applied {self.K} times: "
                             f"take --levels {most}")
-        y = self.representations(torch.zeros(1, *image_shape))
+        y = self.representations(torch.zeros(1, *image_shape))  # of a grey image, for the shapes
         self.shapes = {k: y_k.shape[1:] for k, y_k in y.items()}  # (C_k, H_k, W_k)
         channels_1, size_1, _ = self.shapes[1]
         if self.K and size_1 < 8:
@@ -639,8 +654,9 @@ class SelfVAE(nn.Module):
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        # y_1 keeps a mixture a pixel: only u makes its pixels fit together. With blocks, which tell
-        # of neighbours, u stays unused, and samples have no shapes. K = 0 is vae.py, with blocks.
+        # p(y_1|u) keeps one mixture for each pixel. Blocks model neighbours without u: in training
+        # u then stayed unused (KL near 0), and samples showed no objects. For K = 0 the model is
+        # that of vae.py, so there --block holds here too.
         self.block_1 = 1 if self.K else cfg.block
         self.p_y = mixture_network(  # Eq. (3.2c)
             Decoder, size_1, *width["p_y"], channels=channels_1, block=self.block_1)
@@ -662,9 +678,9 @@ class SelfVAE(nn.Module):
     def representations(self, x):
         """x -> {k: y_k}, k = 1 … K+1: the deterministic q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
 
-        Eq. (3.2f). On 256 pixel values y is discrete, and every p(y|·) a probability and no density
-        (section 3.2): else the bound would be void. As log q(y|·) = 0, of the second term of
-        Eq. (1) -log p(y|u) is left; and as y follows from x, q(z|x, y) = q(z|x).
+        Eq. (3.2f). y has 256 values, like x, so every p(y|·) is a probability and no density
+        (section 3.2); with a density there would be no bound. log q(y|·) is 0, so the KL of y in
+        Eq. (1) is -log p(y|u). And q(z|x, y) is q(z|x), as y follows from x.
         """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
@@ -684,13 +700,11 @@ class SelfVAE(nn.Module):
         KL_z of Eq. (2).
         """
         y = self.representations(x)
-        re = {k: f"re_y_{k}" for k in y}
-        re[self.K + 1] = "re_x"
         q_u = gaussian(self.q_u(y[1]))
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
         p_y = Dmol(self.p_y(u), block=self.block_1)
-        terms[re[1]] = -p_y.log_prob(y[1])
+        terms["re_y_1"] = -p_y.log_prob(y[1])
         z = u  # z_0
         for k in range(1, self.K + 1):
             q_z = gaussian(self.q_z[k - 1](y[k + 1]))
@@ -698,10 +712,11 @@ class SelfVAE(nn.Module):
             z = q_z.rsample()
             terms[f"kl_z_{k}"] = kl_divergence(q_z, p_z)
             p_x = self.p_x[k - 1](y[k], z)
-            terms[re[k + 1]] = -p_x.log_prob(y[k + 1])
+            terms[f"re_y_{k + 1}"] = -p_x.log_prob(y[k + 1])
+        terms["re_x"] = terms.pop(f"re_y_{self.K + 1}")  # y_{K+1} is x
         return terms
 
-    forward = terms
+    forward = terms  # what torch.compile and DistributedDataParallel call
 
     def elbo(self, x):
         """One-sample estimate of the bound on log p(x), Eq. (2): (B, C, H, W) -> (B,) in nats."""
@@ -711,27 +726,27 @@ class SelfVAE(nn.Module):
     def log_weights(self, x, samples):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y) -> (samples, B) in nats.
 
-        x is (B, C, H, W); z_s and u_s are joint samples from q. The two parts are what
-        Eqs. (A.4a), (A.4b) average. E[log w] is Eqs. (1), (A.4c) with log q(y|x) = 0, hence
-        Eq. (2). The mean of w is p(x, y), not p(x): the bound that more samples tighten never
-        counts other y's. x and the y_k are encoded once.
+        x is (B, C, H, W); u_s and all z_s are one joint sample from q. E[log w] is the bound,
+        Eq. (2): its two parts are averaged in Eqs. (A.4a), (A.4b) and joined in Eqs. (1), (A.4c),
+        where log q(y|x) = 0. E[w] is p(x, y) at y = d(x) and not p(x), the sum over all y: no
+        number of samples closes that gap. x and the y_k are encoded once.
         """
         y = self.representations(x)
         q_u = gaussian(self.q_u(y[1]))
         q_z = {}
-        h = {}
+        from_y = {}
         for k in range(1, self.K + 1):
             q_z[k] = gaussian(self.q_z[k - 1](y[k + 1]))
-            h[k] = self.p_z[k - 1].from_y(y[k])
+            from_y[k] = self.p_z[k - 1].from_y(y[k])
         log_w = []
         for _ in range(samples):
-            u = q_u.rsample()
+            u = q_u.sample()
             log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), block=self.block_1).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
             for k in range(1, self.K + 1):
-                p_z = self.p_z[k - 1].given(h[k], z)
-                z = q_z[k].rsample()
+                p_z = self.p_z[k - 1].given(from_y[k], z)
+                z = q_z[k].sample()
                 p_x = self.p_x[k - 1](y[k], z)
                 log_p = log_p + p_z.log_prob(z) + p_x.log_prob(y[k + 1])
                 log_q = log_q + q_z[k].log_prob(z)
@@ -742,10 +757,10 @@ class SelfVAE(nn.Module):
     def decode(self, known, n, temperature=1.0, mean=False):
         """Top-down through the model: what is `known` is taken, all else drawn (section 3.3).
 
-        known {"u", "z_k", "y_k": value} -> two dicts by these names, of all that there are: the n
-        values, images on the pixel grid, and the factors p(value | what is above it), whose
-        log_prob(value) is (n,) in nats. `temperature` scales the noise of u and every z_k; `mean`
-        takes the mean of every p(y|·) instead of a sample, and conditions what follows on it.
+        `known` is {name: value}, by the names "u", "z_k", "y_k". -> {name: value} of all variables,
+        n of each, y_k on the pixel grid; and {name: p}, its factor given what stands above it:
+        p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and every z_k. With
+        `mean` every y_k is the mean of its factor, and what follows is conditioned on that.
         """
         if "u" in known:
             u = known["u"]
@@ -777,91 +792,97 @@ class SelfVAE(nn.Module):
 
     @torch.no_grad()
     def infer(self, x, sent):
-        """What a receiver knows once `sent` ⊆ {"u", "z_k", "y_k"} of x is sent.
+        """What a receiver knows of x once the variables named in `sent` are sent.
 
-        -> {name: value}, and for each latent among them the factor q that it was drawn from. With
-        y_k comes all that is nearer to u: y_j by d, z_{j-1} ~ q(z_{j-1}|y_j), j ≤ k. x itself is
-        y_{K+1}. The code length, of latents by relative entropy coding, is Σ log q - log p, log p
-        from `decode`; of everything, x included, it is minus the ELBO. ValueError, which names each
-        of them, for other names.
+        Names are "u", "z_k", "y_k", of which y_{K+1} is x. Whoever has y_k computes
+        y_{k-1} = d(y_k) and draws z_{k-1} ~ q(z_{k-1}|y_k), z_0 = u. -> {name: value} of all that
+        is known, and {name: q}, the factors that its latents are drawn from. ValueError for other
+        names.
         """
         y = self.representations(x)
-        names = ["u", *(f"z_{k}" for k in range(1, self.K + 1)), *(f"y_{k}" for k in y)]
-        unknown = sorted(set(sent) - set(names))
-        if unknown:
-            raise ValueError(f"there is no {', '.join(unknown)} in a model of {self.K} levels")
-        last = max([k for k in y if f"y_{k}" in sent], default=0)
-        known = {f"y_{k}": y[k] for k in range(1, last + 1)}
+        for name in sent:
+            if name not in self.latents and name not in [f"y_{k}" for k in y]:
+                raise ValueError(f"there is no {name} in a model of {self.K} levels")
+        encoders = [self.q_u, *self.q_z]
+        known = {}
         factors = {}
-        for k in range(self.K + 1):
-            name = f"z_{k}" if k else "u"
-            if name in sent or k < last:
-                encoder = self.q_z[k - 1] if k else self.q_u
-                factors[name] = gaussian(encoder(y[k + 1]))
-                known[name] = factors[name].rsample()
+        has_y = False
+        for k in range(self.K + 1, 0, -1):  # from x down to y_1
+            has_y = has_y or f"y_{k}" in sent
+            if has_y:
+                known[f"y_{k}"] = y[k]
+            latent = self.latents[k - 1]  # z_{k-1}, the one that is inferred from y_k
+            if has_y or latent in sent:
+                factors[latent] = gaussian(encoders[k - 1](y[k]))
+                known[latent] = factors[latent].sample()
         return known, factors
 
     @property
     def operations(self):
-        """Figure 3, Eqs. (3.3c) to (3.3g): {operation: what is sent of x}.
+        """Figure 3: {operation: what is sent of x}. The receiver infers or draws all else.
 
-        The rest is inferred from that or else drawn; generation sends nothing.
-        NOTE(paper): section 3.3 swaps Eqs. (3.3d), (3.3e), of the conditional two ("former",
+        NOTE(paper): section 3.3 swaps the formulas of the two conditional ones ("former",
         "latter"): conditional generation draws z_K from p, conditional reconstruction infers it.
-        For K = 0, without y, they are the other ones again.
         """
-        latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]
-        y = [f"y_{self.K}"] if self.K else []
-        return {"generate": [], "conditional_generate": y,
-                "conditional_reconstruct": [*y, latents[-1]],
-                "reconstruct_1": latents[:1], "reconstruct_2": latents}
+        K = self.K
+        if K == 0:  # without y, generation and reconstruction of a VAE are left
+            return {"generate": [], "conditional_reconstruct": ["u"]}
+        return {
+            "generate": [],  # Eq. (3.3c)
+            "conditional_generate": [f"y_{K}"],  # Eq. (3.3e)
+            "conditional_reconstruct": [f"y_{K}", f"z_{K}"],  # Eq. (3.3d)
+            "reconstruct_1": ["u"],  # Eq. (3.3f)
+            "reconstruct_2": self.latents,  # Eq. (3.3g)
+        }
 
-    def images(self, known, n, temperature=1.0, mean=False):
-        """The x of `decode`, (n, C, H, W)."""
+    def draw_x(self, known, n, temperature=1.0, mean=False):
+        """The x of a `decode` with these arguments: (n, C, H, W)."""
         values, _ = self.decode(known, n, temperature, mean)
         return values[f"y_{self.K + 1}"]
 
     def sample(self, n, temperature=1.0, mean=False):
         """Generation, Eq. (3.3c) -> x (n, C, H, W) on the pixel grid; arguments as for `decode`."""
-        return self.images({}, n, temperature, mean)
+        return self.draw_x({}, n, temperature, mean)
 
     def reconstruct(self, x, mean=False, operation="conditional_reconstruct", temperature=1.0):
         """One of the `operations` on x: (B, C, H, W) -> x̂, same shape, on the pixel grid."""
         known, _ = self.infer(x, self.operations[operation])
-        return self.images(known, len(x), temperature, mean)
+        return self.draw_x(known, len(x), temperature, mean)
 
     @torch.no_grad()
     def interpolate(self, x1, x2, count=8, mean=False, base=False):
-        """Images along the straight line in u between the means of q(u|y_1) of x1 and of x2.
+        """Images along a straight line in u between the means of q(u|y_1) of x1 and of x2.
 
-        With `base` the line is in v, u = f(v): flow prior only. Two (B, C, H, W) ->
-        (B, count, C, H, W), Figures 10 B, 13 (i). Every z_k is the mean of p(z_k|·): but for the
-        samples of y and x, without `mean`, only u changes.
+        With `base` the line is straight in v, where u = f(v): for a flow prior only. Every z_k is
+        the mean of p(z_k|·). With `mean` all y_k and x are means too, so that only u differs along
+        a line. Two (B, C, H, W) -> (B, count, C, H, W), Figures 10 B, 13 (i).
         """
         start = gaussian(self.q_u(self.representations(x1)[1])).mean
         end = gaussian(self.q_u(self.representations(x2)[1])).mean
         if base:
             start, _ = self.p_u.flow(start)
             end, _ = self.p_u.flow(end)
-        line = torch.stack([torch.lerp(start, end, i / (count - 1)) for i in range(count)], 1)
+        shares = torch.linspace(0, 1, count).tolist()  # of the way from x1 to x2
+        line = torch.stack([torch.lerp(start, end, share) for share in shares], 1)
         u = line.flatten(0, 1)
         if base:
             u = self.p_u.from_noise(u)
-        return self.images({"u": u}, len(u), 0.0, mean).unflatten(0, (-1, count))
+        x = self.draw_x({"u": u}, len(u), temperature=0.0, mean=mean)
+        return x.unflatten(0, (-1, count))
 
     @torch.no_grad()
     def vary(self, x, redrawn, n=7, temperature=1.0, mean=False):
-        """n images that share the latents of x, but for those `redrawn` ⊆ {"u", "z_k"}.
+        """n images that share the latents of x, except `redrawn`, a list of "u" and "z_k".
 
-        (B, C, H, W) -> (B, n, C, H, W), Figure 13 (ii). Shared ones are the same sample from q for
-        all n; every y_k and x̂ is drawn anew.
+        (B, C, H, W) -> (B, n, C, H, W), Figure 13 (ii). What is shared is one sample from q for all
+        n; every y_k and x̂ is drawn anew.
         """
-        latents, _ = self.infer(x, self.operations["reconstruct_2"])
-        shared = {}
-        for name, z in latents.items():
-            if name not in redrawn:
-                shared[name] = z.repeat_interleave(n, 0)
-        return self.images(shared, n * len(x), temperature, mean).unflatten(0, (-1, n))
+        shared = [name for name in self.latents if name not in redrawn]
+        known, _ = self.infer(x, shared)
+        for name in shared:
+            known[name] = known[name].repeat_interleave(n, 0)
+        x = self.draw_x(known, n * len(x), temperature, mean)
+        return x.unflatten(0, (-1, n))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -954,19 +975,19 @@ def validate(cfg, model, images, folder, optimizer, state):
 
 # Changed from vae.py: what is sent, and the latent space
 def evaluate(cfg, model, images, folder, state):
-    """A row of Table 1 or 2, printed and in results.json, and the figures test.png.
+    """Evaluate the model on test images: a row of Table 1 or 2, printed and in results.json.
 
-    Of this checkpoint, on the test images.
+    The figures are called test.png. `state` is that of the model's checkpoint.
     """
     dims = math.prod(images.shape)
     test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    weighted = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         results = {
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
             "test_images": test.count,
-            **importance_weighted(model, weighted, cfg.iw_samples, dims),
+            **importance_weighted(model, iw_test, cfg.iw_samples, dims),
             "re_nats": sum(terms[name] for name in terms if name.startswith("re_")),
             "kl_nats": sum(terms[name] for name in terms if name.startswith("kl_")),
             **terms,
@@ -980,7 +1001,9 @@ def evaluate(cfg, model, images, folder, state):
             results |= fid(cfg, model, images)
         save_figures(cfg, model, images.test, folder, "test")
         save_latent_space(cfg, model, images.test, folder)
-        table = rates(cfg, model, weighted, dims)
+        table = rates(cfg, model, iw_test, dims)
+        if model.K and cfg.transform == "downscale":
+            results["bicubic_psnr"] = bicubic_psnr(model, iw_test)
     write_results(folder, results, table)
 
 
@@ -997,65 +1020,69 @@ def fid(cfg, model, images):
 def rates(cfg, model, batches, dims):
     """What each operation sends, and how near it comes (Figures 6, 12, 14).
 
-    -> {operation: {column: mean over images}}, with these columns:
-
-        percent      values sent, in percent of D: the paper's measure
-        raw_bpd      the same at 8 bits a value (not counting a float, the largest of each latent)
-        ideal_bpd    code length under the model, Σ log q - log p, of all that the receiver knows,
-                     given what it has by then; for conditional_generate at K = 1 it is -B of
-                     Eq. (A.4d), y's own bound, in bits
-        psnr         dB, x̂ a sample, latents as they are
-        psnr_8bit    dB, latents rounded to 8 bits, the same noise
-        psnr_mean    dB, means of p(y|·) and p(x|·) instead of samples
-
-    For downscaling, `bicubic` is the row of y_K enlarged without a model.
+    -> {operation: {column of `rate`: mean over the images}}.
     """
-    sums = {}
-    for i, x in enumerate(batches):
-        for operation, sent in model.operations.items():
-            seed_noise(cfg.seed, i, operation)
-            known, q = model.infer(x, sent)
-            rounded = dict(known)
-            for name in q:
-                rounded[name] = eight_bits(known[name])
-            noise = (cfg.seed, i)  # the same for all three below, and not that of `infer`
-            seed_noise(*noise)
-            values, p = model.decode(known, len(x))
-            seed_noise(*noise)
-            of_rounded = model.images(rounded, len(x))
-            seed_noise(*noise)
-            of_means = model.images(known, len(x), mean=True)
-
-            share = sum(known[name][0].numel() for name in sent) / dims
-            nats = torch.zeros(len(x), device=x.device)
-            for name, value in known.items():
-                nats = nats - p[name].log_prob(value)
-            for name in q:
-                nats = nats + q[name].log_prob(known[name])
-            row = {
-                "percent": 100 * share * len(x),
-                "raw_bpd": 8 * share * len(x),
-                "ideal_bpd": bits_per_dim(nats, dims).sum().item(),
-                "psnr": psnr(values[f"y_{model.K + 1}"], x).sum().item(),
-                "psnr_8bit": psnr(of_rounded, x).sum().item(),
-                "psnr_mean": psnr(of_means, x).sum().item(),
-            }
-            add_row(sums, operation, row)
-            if operation == "conditional_generate" and model.K and cfg.transform == "downscale":
-                without_model = psnr(bicubic(known[f"y_{model.K}"], x), x).sum().item()
-                psnrs = dict.fromkeys(("psnr", "psnr_8bit", "psnr_mean"), without_model)
-                add_row(sums, "bicubic", {**row, **psnrs})
-    for row in sums.values():
-        for column in row:
-            row[column] /= batches.count
-    return sums
+    table = {}
+    for operation, sent in model.operations.items():
+        rows = []
+        for i, x in enumerate(batches):
+            rows.append(rate(model, x, sent, dims, noise=(cfg.seed, i)))
+        table[operation] = {}
+        for column in rows[0]:
+            values = torch.cat([row[column] for row in rows])
+            table[operation][column] = values.mean().item()
+    return table
 
 
-def add_row(sums, name, row):
-    """Add {column: number} to the row `name` of the table `sums`."""
-    total = sums.setdefault(name, dict.fromkeys(row, 0.0))
-    for column, value in row.items():
-        total[column] += value
+def rate(model, x, sent, dims, noise):
+    """What it costs to send `sent` of x, and how near the receiver comes -> {column: (B,)}.
+
+        percent      number of values sent, in percent of D: the paper's measure
+        raw_bpd      bits per dimension of x at 8 bits a value (not counting a float for each
+                     latent, its largest value)
+        ideal_bpd    code length under the model, in bits per dimension of x, of all that the
+                     receiver then knows: -log p of every y and, by relative entropy coding with
+                     noise that both sides share, log q - log p of every latent. For
+                     conditional_generate at K = 1 it is minus the bound on log p(y), Eq. (A.4d)
+        psnr         of x̂, a sample, in dB; for generate, which sends nothing, a floor
+        psnr_8bit    the same where the latents sent are rounded to 8 bits
+        psnr_mean    the same with the means of p(y|·) and p(x|·)
+    """
+    seed_noise(*noise, "infer")
+    known, q = model.infer(x, sent)
+    rounded = dict(known)
+    for name in sent:
+        if name in q:  # a latent; a y has 8 bits as it is
+            rounded[name] = eight_bits(known[name])
+    seed_noise(*noise, "decode")
+    values, p = model.decode(known, len(x))
+    seed_noise(*noise, "decode")  # once more, so that psnr_8bit differs by the rounding alone
+    of_rounded = model.draw_x(rounded, len(x))
+    of_means = model.draw_x(known, len(x), mean=True)
+
+    share = sum(known[name][0].numel() for name in sent) / dims
+    nats = torch.zeros(len(x), device=x.device)
+    for name, value in known.items():
+        nats = nats - p[name].log_prob(value)
+        if name in q:
+            nats = nats + q[name].log_prob(value)
+    return {
+        "percent": torch.full_like(nats, 100 * share),
+        "raw_bpd": torch.full_like(nats, 8 * share),
+        "ideal_bpd": bits_per_dim(nats, dims),
+        "psnr": psnr(values[f"y_{model.K + 1}"], x),
+        "psnr_8bit": psnr(of_rounded, x),
+        "psnr_mean": psnr(of_means, x),
+    }
+
+
+def bicubic_psnr(model, batches):
+    """PSNR in dB of y_K enlarged without a model: what conditional_generate is held against."""
+    psnrs = []
+    for x in batches:
+        y = model.representations(x)[model.K]
+        psnrs.append(psnr(bicubic(y, x), x))
+    return torch.cat(psnrs).mean().item()
 
 
 def eight_bits(z):
@@ -1081,10 +1108,11 @@ def enlarged(y, x):
 def save_figures(cfg, model, images, folder, name):
     """Figures of what the model draws, by folder; every y is shown at the size of x.
 
-        samples/            32 of them, in rows y_1, …, y_K, x
-        reconstructions/    rows x, y_K, CR, CG, RS1, RS2 of 32 images (Figures 6, 12, 14); for
-                            K = 0 rows x, x̂
-        superresolution/    rows y_K, bicubic, CG, x
+        samples/            32 samples, in rows y_1, …, y_K, x
+        reconstructions/    32 images, in rows x, y_K, then x̂ by conditional_reconstruct,
+                            conditional_generate, reconstruct_1, reconstruct_2: CR, CG, RS1, RS2 of
+                            Figures 6, 12, 14; for K = 0 rows x, x̂
+        superresolution/    for downscaling, rows y_K, its bicubic enlargement, CG, x
     """
     name = figure_name(cfg, name)
     x = next(iter(Batches(images, 32, cfg.device, count=32)))
@@ -1092,13 +1120,14 @@ def save_figures(cfg, model, images, folder, name):
     drawn = [enlarged(values[f"y_{k}"], x) for k in range(1, model.K + 2)]
     save_grid(folder / "samples" / name, *drawn)
 
+    if model.K == 0:
+        x_hat = model.reconstruct(x, cfg.mean, temperature=cfg.temperature)
+        save_grid(folder / "reconstructions" / name, x, x_hat)
+        return
     rows = {}
     for operation in ("conditional_reconstruct", "conditional_generate",
                       "reconstruct_1", "reconstruct_2"):
         rows[operation] = model.reconstruct(x, cfg.mean, operation, cfg.temperature)
-    if model.K == 0:
-        save_grid(folder / "reconstructions" / name, x, rows["conditional_reconstruct"])
-        return
     y = model.representations(x)[model.K]
     save_grid(folder / "reconstructions" / name, x, enlarged(y, x), *rows.values())
     if cfg.transform == "downscale":
@@ -1109,10 +1138,11 @@ def save_figures(cfg, model, images, folder, name):
 def save_latent_space(cfg, model, images, folder):
     """Figures of u and z_k (Figures 10 B, 13), of eight images.
 
-        interpolations/test-u, test-v    one a row, straight in u or in its base v
-        variations/test                  rows show x and 7 images that share u with it, drawn once
-                                         for each set of rows; first all z_k are drawn anew, then,
-                                         for K > 1, each alone
+        interpolations/test-u    rows, each from one image to another along a straight line in u
+        interpolations/test-v    the same in v, for a flow prior
+        variations/test          rows, each an image and 7 that share a u ~ q(u|y_1) with it. In the
+                                 first 8 rows all z_k are drawn anew; for K > 1 then come 8 rows
+                                 for each z_k, in which it alone is
     """
     x = next(iter(Batches(images, 8, cfg.device, count=8)))
     spaces = ("u", "v") if cfg.prior == "realnvp" else ("u",)
@@ -1120,16 +1150,17 @@ def save_latent_space(cfg, model, images, folder):
         rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
         name = figure_name(cfg, "test", f"-{space}")
         save_grid(folder / "interpolations" / name, rows.flatten(0, 1))
-    latents = [f"z_{k}" for k in range(1, model.K + 1)]
-    redrawn_sets = [latents] if model.K else []
+    if model.K == 0:
+        return
+    latents = model.latents[1:]
+    choices = [latents]
     if model.K > 1:
-        redrawn_sets += [[latent] for latent in latents]
+        choices += [[latent] for latent in latents]
     sets = []
-    for redrawn in redrawn_sets:
+    for redrawn in choices:
         varied = model.vary(x, redrawn, 7, cfg.temperature, cfg.mean)
         sets.append(torch.cat([x.unsqueeze(1), varied], 1).flatten(0, 1))
-    if sets:
-        save_grid(folder / "variations" / figure_name(cfg, "test"), *sets)
+    save_grid(folder / "variations" / figure_name(cfg, "test"), *sets)
 
 
 def figure_name(cfg, name, ending=""):
