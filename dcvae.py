@@ -1,6 +1,6 @@
 """DC-VAE, with its ablations VAE, VAE/GAN and VAE-Contrastive on one backbone (Parmar et al. 2021).
 
-    generative model   z ~ N(0, 1), x̃ = decoder(z); p(x|z) is defined for --loss vae: N(x̂, ½)
+    generative model   z ~ N(0, 1), x̃ = decoder(z); p(x|z) = N(decoder(z), ½) for --loss vae only
     inference model    q(z|x) = N(μ(x), σ²(x)), x̂ = decoder(z) for z ~ q(z|x); in figures and
                        evaluation z = μ(x)
     losses             --loss vae          pixel + kl            Eq. (1)
@@ -8,8 +8,8 @@
                        --loss contrastive  contrast + kl         Eqs. (6), (8)
                        --loss dcvae        contrast + gan + kl   Eq. (9)
 
-Encoder and decoder minimise these. The discriminator D plays against them in gan, and lowers the
-contrast as they do.
+Encoder and decoder minimise these losses. The discriminator D plays against them in gan, and
+minimises the contrast together with them.
 
     python dcvae.py --small --steps 400                built-in shapes, ten minutes on a laptop
     python dcvae.py --dataset cifar10                  the paper's size, for a GPU: FID 17.9 in its
@@ -22,7 +22,9 @@ the paper: docs/dcvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent
-    D(x) (B,) score of the discriminator, > 0: looks real
+    score (B,) of an image in D, > 0 for what looks real; D(x) of Eq. (4) is its sigmoid
+    features {layer: (B, d)} of an image in D, the paper's F_D
+    keys {layer: (B, d)} features of real images in a slow average of D, scaled to length 1
 """
 
 import argparse
@@ -52,8 +54,8 @@ from common import (
     INCEPTION_URL, VGG_URL, Batches, InceptionFeatures, UserError, VGGFeatures, barrier,
     choose_device, draw_curves, feature_statistics, gather_batch, inception_metrics, linear_probe,
     load_images, load_network, log_row, log_training, perceptual_distance, pixel_distance,
-    processes, quantize, reference_statistics, sample_batches, seconds_to_sample, seed_noise,
-    to_uint8, write_results)
+    processes, quantize, reference_statistics, require_finite, sample_batches, seconds_to_sample,
+    seed_noise, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ from common import (
 # Copied from vae.py: flag
 def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,46 +79,48 @@ class Config:
                         fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder there (default: script-dataset-variant-seed)")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     size: int = flag(None, "side of the images, 8 · n (default: the dataset's)", fixed=True)
     loss: str = flag("dcvae", "the four models of Table 1", fixed=True,
                      choices=("vae", "vaegan", "contrastive", "dcvae"))
     latent: int = flag(128, "L, dimensions of z", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(800, "passes over the training images by D; encoder and decoder learn from "
-                       "1 in --d_steps of them")
-    steps: int = flag(None, "training steps, each one update of encoder and decoder")
-    # NOTE(paper): 128 in 5.1; the release takes 64 images, and 128 samples.
+    epochs: int = flag(800, "passes over the training images; with a gan, encoder and decoder "
+                       "learn from 1 batch in --d_steps")
+    steps: int = flag(None, "training steps, each with one update of encoder and decoder "
+                      "(overrides --epochs)")
+    # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
     batch_size: int = flag(64, "images an update, all processes together", fixed=True)
-    d_steps: int = flag(5, "updates of D a step, each on a batch of its own; contrastive has 1",
-                        fixed=True)
+    d_steps: int = flag(5, "updates of D a step, each on its own batch (--loss contrastive always "
+                        "has 1)", fixed=True)
     lr: float = flag(2e-4, "Adam's learning rate, constant", fixed=True, low=0)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
                             fixed=True, low=0)
-    gan: str = flag("hinge", "set-level loss: as released, or log, as in Eq. (4)", fixed=True,
-                    choices=("hinge", "log"))
-    negatives: int = flag(8096, "K, the images that the right one is told from", fixed=True)
+    gan: str = flag("hinge", "set-level loss: hinge, as released, or log, as in Eq. (4)",
+                    fixed=True, choices=("hinge", "log"))
+    negatives: int = flag(8096, "K, the other images that x is told from in the contrast",
+                          fixed=True)
     temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
-    momentum: float = flag(0.999, "of the average of D that embeds real images for the contrast",
+    momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
                            fixed=True, low=0, high=1)
     contrast_layers: str = flag("b1,final", "where the contrast is taken: blocks b1 … b4 and "
                                 "final, the last features", fixed=True)
     patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
                             fixed=True, low=0)
-    ema: float = flag(0.999, "of the decoder's average, which makes all figures and is evaluated",
+    ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
                       fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere on",
                       choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in that folder")
-    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
     eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
-    fid: int = flag(None, "samples for FID, which chooses best.pt, and Inception Score; with "
-                    "perceptual distance (default: none)")
+    fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
+                    "then has the lowest validation FID (default: none)")
     clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
     draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
     label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
@@ -126,20 +130,23 @@ class Config:
         if self.eval_images is None and self.small:
             self.eval_images = 500
         if self.kl_weight is None:
-            # NOTE(paper): Eqs. (3), (8) have 1, at which the KL takes back what the contrast gives.
-            # Released: 1e-6 on a sum over 64 images, 6.4e-5 on their mean.
+            # NOTE(paper): Eqs. (3), (8) have 1, with which an empty code minimises Eq. (8). The
+            # release has 1e-6 on a sum over 64 images, 6.4e-5 on their mean, in both of its updates
+            # of encoder and decoder: gan + kl, then contrast + kl. Here dcvae has one update, gan +
+            # contrast + kl, so its KL weighs half as much as there.
             self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
 
     @property
     def variant(self):
-        """What the name of a run's folder says of it."""
+        """The part of the run folder's name that tells of the model."""
         variant = f"{self.loss}-z{self.latent}"
         return f"{variant}-small" if self.small else variant
 
     def check(self):
-        """UserError for what no model can be made of, before anything is written."""
-        start_side(self.size or 8)
-        contrast_layers(self)
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.size is not None:
+            start_side(self.size)
+        parse_layers(self)
 
 
 # ---- Building blocks: residual blocks down, AutoGAN's cells up (A.5, Figure 15) ------------------
@@ -147,8 +154,8 @@ class Config:
 class DownBlock(nn.Module):
     """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W).
 
-    With `halve` -> (B, c_out, H/2, W/2). Each 3x3 conv has its ReLU before it, but for the first
-    one of the `first` block, which sees an image.
+    With `halve` -> (B, c_out, H/2, W/2). A ReLU stands before each 3x3 conv, except that the
+    `first` block, which sees an image, begins without one.
     """
 
     def __init__(self, c_in, c_out, first=False, halve=False):
@@ -176,26 +183,26 @@ def down_blocks(channels, width):
 
 
 class UpCell(nn.Module):
-    """AutoGAN's cell: doubles the side of h (B, width, H, W), adds what earlier cells found.
+    """AutoGAN's cell: h (B, width, H, W) -> output and `skip`, both (B, width, 2H, 2W).
 
-    Returns its output and `skip`, what its second conv sees before the ReLU, which contains the
-    skips of the cells before it, each at its size.
+    `skip` is the sum that the second conv sees, before the ReLU. It contains the skips of the
+    cells before this one, enlarged; the cells after this one add it to theirs.
     """
 
-    def __init__(self, width, mode, earlier, shortcut):
+    def __init__(self, width, mode, earlier_cells, shortcut):
         super().__init__()
         self.mode = mode
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.skips = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(earlier)])
+        self.skips = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(earlier_cells)])
         self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
 
-    def forward(self, h, skips):
+    def forward(self, h, earlier_skips):
         size = (2 * h.shape[2], 2 * h.shape[3])
         skip = self.conv1(F.interpolate(F.relu(h), size=size, mode=self.mode))
-        for conv, earlier in zip(self.skips, skips):
+        for conv, earlier_skip in zip(self.skips, earlier_skips):
             # Enlarged after the 1x1 conv: the same values, less work.
-            skip = skip + F.interpolate(conv(earlier), size=size, mode=self.mode)
+            skip = skip + F.interpolate(conv(earlier_skip), size=size, mode=self.mode)
         out = self.conv2(F.relu(skip))
         if self.shortcut is not None:
             out = out + F.interpolate(self.shortcut(h), size=size, mode=self.mode)
@@ -204,15 +211,15 @@ class UpCell(nn.Module):
 
 # ---- Networks ------------------------------------------------------------------------------------
 
-FEATURES = 16  # "the contrastive embedding dimension" (5.1), and what D's score is computed from
+FEATURE_DIM = 16  # of the contrast (5.1), and of what D's score is computed from
 BLOCKS = ("b1", "b2", "b3", "b4")
 
 
 def pool(h):
     """ReLU and 64 times the mean over the map: (B, width, H, W) -> (B, width).
 
-    For 32x32 images the released sum over 8x8; larger ones keep its scale, or log σ² would start
-    beyond its bound.
+    At 32x32 this is the released sum over 8x8 positions. A sum over a larger map would be larger,
+    and log σ² would start beyond the 20 that Encoder allows.
     """
     return 64 * F.relu(h).mean((2, 3))
 
@@ -230,9 +237,10 @@ class Encoder(nn.Module):
         self.linear = spectral_norm(nn.Linear(width, 2 * latent, bias=False))
 
     def forward(self, x):
+        h = x
         for block in self.blocks:
-            x = block(x)
-        mean, log_var = self.linear(pool(x)).float().chunk(2, 1)
+            h = block(h)
+        mean, log_var = self.linear(pool(h)).float().chunk(2, 1)
         return mean, log_var.clamp(max=20)
 
 
@@ -262,7 +270,8 @@ class Decoder(nn.Module):
             UpCell(width, "nearest", 2, False)])
         self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(),
                                    nn.Conv2d(width, channels, 3, padding=1))
-        # Xavier as released: here and in D's heads, as it does not reach layers with spectral norm.
+        # Xavier here and in D's heads only. The release calls it for all convs, but it does not
+        # reach those with spectral norm.
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
@@ -277,43 +286,44 @@ class Decoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image (B, C, size, size) -> score D(x) (B,), > 0 for real, and features {layer: (B, d)}.
+    """Image (B, C, size, size) -> score (B,), > 0 for real, and features {layer: (B, d)}.
 
-    The features are for the contrast (4.2). `final` are the 16 values that the score is computed
-    from. A block in `layers` has a head, 1x1 conv to one channel and linear to 16 (deep
-    supervision), unless `heads` is False. With `where`, (4, 2) in [0, 1), patch_b1 … are each
-    block's channels at one place (local patches).
+    The feature distance and the contrast compare features. `final` holds the 16 values that the
+    score is computed from. Each block in `layers` has a head: a 1x1 conv to one channel, then a
+    linear layer to 16 values (4.2, deep supervision). `where` (4, 2) gives a row and a column in
+    [0, 1) for each block; patch_b1 … are the block's channels there (4.2, local patches).
     """
 
     def __init__(self, channels, width, size, layers):
         super().__init__()
         self.blocks = down_blocks(channels, width)
-        self.linear = spectral_norm(nn.Linear(width, FEATURES, bias=False))
-        self.score = spectral_norm(nn.Linear(FEATURES, 1))
+        self.linear = spectral_norm(nn.Linear(width, FEATURE_DIM, bias=False))
+        self.score = spectral_norm(nn.Linear(FEATURE_DIM, 1))
         self.heads = nn.ModuleDict()
         for name in layers:
             if name in BLOCKS:
                 side = size // 2 if name == "b1" else size // 4  # of the block's output
                 self.heads[name] = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Flatten(),
-                                                 nn.Linear(side**2, FEATURES, bias=False))
+                                                 nn.Linear(side**2, FEATURE_DIM, bias=False))
         for head in self.heads.values():
             nn.init.xavier_uniform_(head[0].weight)
 
-    def forward(self, h, where=None, heads=True):
+    def forward(self, x, where=None):
         features = {}
+        h = x
         for i, (name, block) in enumerate(zip(BLOCKS, self.blocks)):
             h = block(h)
-            if heads and name in self.heads:
+            if name in self.heads:
                 features[name] = self.heads[name](h)
             if where is not None:
-                # Of one element each: a number would be read by the host.
+                # Of shape (1,): for an index of shape () the host would wait for the device.
                 row, column = (where[i] * h.shape[2]).long().unsqueeze(1)
                 features[f"patch_{name}"] = h[:, :, row, column].squeeze(2)
         features["final"] = self.linear(pool(h))
         return self.score(features["final"]).squeeze(1).float(), features
 
 
-# ---- Losses, all fp32: KL, contrast, gan; pixel and feature are a line each in DCVAE.terms -------
+# ---- Losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms -------
 
 def gaussian_kl(mean, log_var):
     """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
@@ -326,10 +336,10 @@ def sample_code(mean, log_var):
 
 
 def info_nce(query, positive, negatives, temperature):
-    """-log of the share that the positive has in Σ_j exp(cos(query, key_j)/τ) (Eq. (6)).
+    """InfoNCE, Eq. (6): -log of the positive's share of Σ_j exp(cos(query, key_j)/τ), K + 1 keys.
 
-    query (B, d) of any length; positive (B, d) and negatives (K, d), each of length 1 -> nats
-    (B,), and whether the positive is the most similar, 1 or 0 (B,). Pure guessing has log(1 + K).
+    query (B, d); positive (B, d) and negatives (K, d), scaled to length 1 -> nats (B,), and hits
+    (B,), 1 where the positive is nearest to the query, else 0. A guess costs log(1 + K) nats.
     """
     # Cosines in fp32: bf16 would round them to 1/256.
     with torch.autocast(query.device.type, enabled=False):
@@ -337,7 +347,7 @@ def info_nce(query, positive, negatives, temperature):
         similarity = (query * positive).sum(1)  # (B,)
         others = query @ negatives.T  # (B, K)
         # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1: without one, the
-        # right of 8097 keys could have a share of e/(e + 8096/e) at most, e²/8096, and the loss
+        # right of 8097 keys could have a share of at most e/(e + 8096/e) ≈ e²/8096, and the loss
         # could not fall by more than 2 nats.
         logits = torch.cat([similarity.unsqueeze(1), others], 1) / temperature
         loss = torch.logsumexp(logits, 1) - logits[:, 0]
@@ -347,7 +357,7 @@ def info_nce(query, positive, negatives, temperature):
 def discriminator_gan(kind, real, reconstructed, sampled):
     """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,).
 
-    log: minus Eq. (4), its D(x) = σ(score).
+    "log" is minus Eq. (4), where D(x) = σ(score).
     """
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
@@ -356,10 +366,11 @@ def discriminator_gan(kind, real, reconstructed, sampled):
     return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
 
 
-def generator_gan(kind, reconstructed, sampled):
+def autoencoder_gan(kind, reconstructed, sampled):
     """What encoder and decoder minimise: scores of reconstructions (B,), of samples -> (B,).
 
-    There may be any number of samples. log: Eq. (4).
+    There may be any number of samples. "log" is Eq. (4) without log D(x), which they cannot
+    change.
     """
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
@@ -385,8 +396,8 @@ def update_average(average, model, decay):
 WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
 
 
-def contrast_layers(cfg):
-    """--contrast_layers as a tuple. UserError for one that does not exist."""
+def parse_layers(cfg):
+    """--contrast_layers as a tuple. UserError if one does not exist, or comes twice."""
     layers = tuple(cfg.contrast_layers.split(","))
     if not set(layers) <= {*BLOCKS, "final"} or len(set(layers)) < len(layers):
         raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of "
@@ -403,6 +414,7 @@ class DCVAE(nn.Module):
         self.cfg = cfg
         self.adversarial = cfg.loss in ("vaegan", "dcvae")
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
+        # Of the terms in a player's loss. Terms without a weight are only logged.
         self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight,
                         "d_gan": 1, "d_contrast": 1}
         decoder_width, width = WIDTHS["small" if cfg.small else "full"]
@@ -410,26 +422,26 @@ class DCVAE(nn.Module):
         self.decoder = Decoder(cfg.latent, decoder_width, channels, size)
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
         # the first block, as here.
-        self.layers = contrast_layers(cfg) if self.contrastive else ()
+        self.layers = parse_layers(cfg) if self.contrastive else ()
         self.discriminator = None
         if cfg.loss != "vae":
             self.discriminator = Discriminator(channels, width, size, self.layers)
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:
-            # Keys come from a slow copy of D, so that those in the queue fit together (He et al.
-            # 2020). The queue holds random directions at first, later also older keys of x itself,
-            # as released.
-            momentum_discriminator = copy.deepcopy(self.discriminator)
-            self.momentum_discriminator = momentum_discriminator.requires_grad_(False)
-            widths = {name: FEATURES for name in self.layers}
+            # Keys come from a slow average of D, so that the older ones in the queue are comparable
+            # to new ones (He et al. 2020). At first the queue holds random directions. An image
+            # that comes again within K keys is its own negative, as in the release.
+            self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
+            widths = {name: FEATURE_DIM for name in self.layers}
             if cfg.patch_after is not None:
                 widths |= {f"patch_{name}": width for name in BLOCKS}
+            # Parameters that never learn: DDP would send buffers round before every pass.
             self.queue = nn.ParameterDict()
             for name, d in widths.items():
                 self.queue[name] = F.normalize(torch.randn(cfg.negatives, d), dim=1)
             self.queue.requires_grad_(False)
-            self.register_buffer("queued", torch.tensor(0))  # keys so far, modulo K: the oldest
-        self.train()
+            self.register_buffer("queued", torch.tensor(0))  # modulo K: the row of the oldest key
+        self.train()  # puts the averaged decoder in eval mode
 
     def train(self, mode=True):
         """As nn.Module.train, but the averaged decoder always uses its averaged statistics."""
@@ -439,80 +451,77 @@ class DCVAE(nn.Module):
 
     # -- losses ------------------------------------------------------------------------------------
 
-    def terms(self, x, where=None, keys=None):
+    def autoencoder_terms(self, x, where=None, keys=None):
         """What encoder and decoder minimise: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
-            --loss vae            pixel, kl
-            --loss vaegan         feature, gan, kl
-            --loss contrastive    contrast, kl
-            --loss dcvae          contrast, gan, kl
-
-        `where` and `keys`, for a contrast, are those of `encode_keys`. Noise: that of z, then, for
-        gan, 2B codes of samples, twice as many as reconstructions, as released.
+        A contrast needs the `keys` of x, and for patches the places `where` they were taken. The
+        gan has 2B samples for B reconstructions, as released.
         """
         mean, log_var = self.encoder(x)
         z = sample_code(mean, log_var)
         kl = gaussian_kl(mean, log_var).sum(1)
-        if self.cfg.loss == "vae":  # Eq. (1): -log p(x|z) but for a constant, p(x|z) = N(x̂, ½)
+        if self.cfg.loss == "vae":  # Eq. (1): -log N(x; x̂, ½) without its constant
             return {"pixel": (x - self.decoder(z)).square().sum((1, 2, 3)), "kl": kl}
 
-        samples = 2 * len(x) if self.adversarial else 0
-        noise = torch.randn(samples, z.shape[1], device=x.device)
-        fakes = self.decoder(torch.cat([z, noise]))
+        codes = z
+        if self.adversarial:
+            codes = torch.cat([z, torch.randn(2 * len(x), z.shape[1], device=x.device)])
+        fakes = self.decoder(codes)  # x̂, then x̃: in one batch, so with one statistic for both
         scores, features = self.discriminator(fakes, where)
-        reconstructed, sampled = scores.split([len(x), samples])
-        features = {name: values[:len(x)].float() for name, values in features.items()}  # of x̂
+        of_x_hat = {name: values[:len(x)].float() for name, values in features.items()}
         terms = {}
         if self.cfg.loss == "vaegan":  # Eq. (3)
             with torch.no_grad():
-                target = self.discriminator(x)[1]["final"].float()
-            # NOTE(paper): Eq. (5) has max over D of the feature distance too, which has no upper
-            # limit: here D plays in gan alone.
-            terms["feature"] = (target - features["final"]).square().sum(1)
+                _, of_x = self.discriminator(x)
+            # NOTE(paper): in Eq. (5) D maximises the feature distance too, and would drive F(x) and
+            # F(x̂) apart however alike x and x̂ look. Here D plays in gan alone.
+            terms["feature"] = (of_x["final"].float() - of_x_hat["final"]).square().sum(1)
         if self.contrastive:  # Eqs. (6), (8)
-            terms["contrast"], _ = self.contrast(features, keys)
+            terms["contrast"], _ = self.contrast(of_x_hat, keys)
         if self.adversarial:  # Eq. (4)
-            terms["gan"] = generator_gan(self.cfg.gan, reconstructed, sampled)
+            terms["gan"] = autoencoder_gan(self.cfg.gan, scores[:len(x)], scores[len(x):])
         terms["kl"] = kl
         return terms
 
     def discriminator_terms(self, x, where=None, keys=None):
-        """What D minimises, and beside it D's health: x (B, C, H, W) -> {name: (B,)}.
+        """What D minimises, and how it does: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
-            real, reconstructed, sampled    for gan: the scores
-            d_gan                           for gan, of as many samples as reconstructions
-            d_contrast, accuracy            where keys are given: the two results of `contrast`
-
-        Noise: that of z, then the samples' codes.
+            real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
+            d_gan                           for gan, with B samples for B reconstructions
+            d_contrast                      where keys are given
+            accuracy                        of the contrast, only logged
         """
         with torch.no_grad():  # neither encoder nor decoder learns here
-            z = sample_code(*self.encoder(x))
-            fakes = self.decoder(torch.cat([z, torch.randn_like(z)]) if self.adversarial else z)
-        seen = torch.cat([fakes, x]) if self.adversarial else fakes
-        scores, features = self.discriminator(seen, where, heads=keys is not None)
+            codes = sample_code(*self.encoder(x))
+            if self.adversarial:
+                codes = torch.cat([codes, torch.randn_like(codes)])
+            seen = self.decoder(codes)
+        if self.adversarial:
+            seen = torch.cat([seen, x])  # x̂, x̃, x
+        scores, features = self.discriminator(seen, where)
         terms = {}
         if self.adversarial:
             reconstructed, sampled, real = scores.chunk(3)
             terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled}
             terms["d_gan"] = discriminator_gan(self.cfg.gan, real, reconstructed, sampled)
-        if keys:
-            # NOTE(paper): Eq. (9) has max over D of all terms, but a critic that learns log p(x|z)
-            # must lower the contrast (Eq. (7)).
-            features = {name: values[:len(x)] for name, values in features.items()}  # of x̂
-            terms["d_contrast"], terms["accuracy"] = self.contrast(features, keys)
+        if keys is not None:
+            # NOTE(paper): in Eq. (9) D maximises the contrast too. But the critic of Remark 1,
+            # which recognises x, is the one that minimises it.
+            of_x_hat = {name: values[:len(x)] for name, values in features.items()}
+            terms["d_contrast"], terms["accuracy"] = self.contrast(of_x_hat, keys)
         return terms
 
-    def forward(self, x, where=None, keys=None, critic=False):
-        """The terms of one of the two players, which are compiled and shared out by this name."""
-        if critic:
+    def forward(self, x, where=None, keys=None, player="autoencoder"):
+        """The terms of one player. torch.compile and DDP see the model through this method only."""
+        if player == "discriminator":
             return self.discriminator_terms(x, where, keys)
-        return self.terms(x, where, keys)
+        return self.autoencoder_terms(x, where, keys)
 
     def contrast(self, features, keys):
         """InfoNCE of reconstructions' features {layer: (B, d)} against `keys` of their originals.
 
-        -> nats, hits (B,): means over --contrast_layers; the mean over patches comes on top (4.2).
-        Its average over images and draws is Eq. (7).
+        -> nats and hits (B,), means over --contrast_layers. The mean over patches is added to the
+        nats (4.2). Eq. (7) is the average of these nats over images and z.
         """
         losses = []
         hits = []
@@ -531,30 +540,28 @@ class DCVAE(nn.Module):
         return loss, torch.stack(hits).mean(0)
 
     @torch.no_grad()
-    def encode_keys(self, x, patches=False):
-        """Move the momentum network by one step of its average; keys of real images from it.
+    def encode_keys(self, x, where=None):
+        """Keys of real images, from D's average: x (B, C, H, W) -> {layer: (B, d)}, of length 1.
 
-        x (B, C, H, W) -> the place of the patches (4, 2) or None, {layer: (B, d)}. The place is one
-        for the whole batch; keys in the queue are of earlier places.
+        With `where` there are keys of local patches too.
         """
-        update_average(self.momentum_discriminator, self.discriminator, self.cfg.momentum)
-        where = torch.rand(len(BLOCKS), 2, device=x.device) if patches else None
         _, features = self.momentum_discriminator(x, where)
         keys = {}
         for name in self.queue:
-            if name in features:
+            if name in features:  # patches have queues from the start, features only later
                 keys[name] = F.normalize(features[name].float(), dim=1)
-        return where, keys
+        return keys
 
     @torch.no_grad()
     def enqueue(self, keys):
         """Put keys {layer: (B, d)}, those of all processes, in place of the oldest negatives."""
+        K = self.cfg.negatives
+        keys = {name: gather_batch(key)[-K:] for name, key in keys.items()}
+        count = len(next(iter(keys.values())))
+        rows = (self.queued + torch.arange(count, device=self.queued.device)) % K
         for name, key in keys.items():
-            key = gather_batch(key)
-            count = min(self.cfg.negatives, len(key))
-            places = torch.arange(count, device=self.queued.device)
-            self.queue[name][(self.queued + places) % self.cfg.negatives] = key[-count:]
-        self.queued.add_(count).remainder_(self.cfg.negatives)
+            self.queue[name][rows] = key
+        self.queued.add_(count).remainder_(K)
 
     # -- images ------------------------------------------------------------------------------------
 
@@ -582,16 +589,18 @@ class DCVAE(nn.Module):
         """Images along the line between the codes of x1 and x2 (A.2): -> (B, count, C, H, W)."""
         z1 = self.encode(x1)
         z2 = self.encode(x2)
-        line = [torch.lerp(z1, z2, i / (count - 1)) for i in range(count)]
+        line = [torch.lerp(z1, z2, i / max(1, count - 1)) for i in range(count)]
         return self.decode(torch.stack(line, 1))
 
     def mix(self, x1, x2):
-        """Each x1's code with a random half of its dimensions from each x2's (Figure 12).
+        """Every x1's code with a random half of its dimensions replaced by every x2's (Figure 12).
 
         The half is the same for all pairs. (B1, C, H, W), (B2, C, H, W) -> (B1, B2, C, H, W).
         """
         from_x2 = torch.randperm(self.cfg.latent, device=x1.device) < self.cfg.latent // 2
-        return self.decode(torch.where(from_x2, self.encode(x2), self.encode(x1).unsqueeze(1)))
+        z1 = self.encode(x1).unsqueeze(1)  # (B1, 1, L)
+        z2 = self.encode(x2)  # (B2, L)
+        return self.decode(torch.where(from_x2, z2, z1))
 
     def edit(self, x, direction, amounts):
         """Images at x's code plus amounts times `direction` (L,) (A.2).
@@ -606,91 +615,132 @@ class DCVAE(nn.Module):
 
 # Changed from vae.py: two players, no bound
 def train(cfg, model, images, folder, checkpoint):
-    """The game of Eq. (9), or the part of it that --loss has, Eqs. (2), (5).
-
-    A step is --d_steps updates of D (contrastive: one; vae: none), each on a batch of its own, then
-    one of encoder and decoder on the last of these batches, D's weights being frozen. For a
-    contrast, `encode_keys` makes the keys of that last batch before D's last update, which has them
-    too; `enqueue` takes them at the end of the step.
+    """The game of Eq. (9), or the part that --loss has: Eq. (2) for vae, Eq. (5) for vaegan.
 
     Without a checkpoint a new run is made in `folder`, else the one in it goes on.
     """
     if images.labels is not None:
-        label_values(cfg, images, "train")  # a wrong flag is told now, not after the training
+        label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
     data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
                    parts=d_steps * world)  # not augmented, as released
     total = cfg.steps or cfg.epochs * data.per_epoch
-    judge = fid_judge(cfg, images)
-    # One Adam for both players: it skips what has no gradient, and counts each parameter's updates.
+    reference = fid_reference(cfg, images)
+    # One Adam serves both players: it passes over parameters without a gradient, and each parameter
+    # has its own moments and its own count of updates.
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, 0.9))
     if checkpoint is None:
         state = start_run(cfg, folder)
     else:
         state = restore(checkpoint, model, optimizer)
-    if world > 1 and data.device.type == "cuda":  # CPUs have none, torch.compile cannot trace it
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
+    # SyncBatchNorm exists on GPUs only. torch.compile cannot trace it: --compile is off then.
+    if world > 1 and data.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         cfg = dataclasses.replace(cfg, compile=False)
-    players = parallel(cfg, model, find_unused_parameters=model.discriminator is not None)
+    # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
+    # One player's update leaves the other's parameters without gradients: DDP must be told.
+    two_players = model.discriminator is not None
+    player_terms = parallel(cfg, model, find_unused_parameters=two_players)
 
     rows = []  # the terms of the steps since the last progress line
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
         seed_noise(cfg.seed, step, rank)
         batches = data.batch(step - 1, rank, world).chunk(d_steps)
-        x = batches[-1]
-        where = keys = None
-        row = {}
-        if model.discriminator:
-            for batch in batches:
-                if batch is x and model.contrastive:  # D lowers it as often as the others do
-                    with autocast(cfg):
-                        where, keys = model.encode_keys(x, patches_wanted(cfg, step))
-                with autocast(cfg):
-                    terms = players(batch, where, keys, critic=True)
-                row |= update(model, optimizer, terms)
-            model.discriminator.requires_grad_(False)  # it is judge from here on
-        with autocast(cfg):
-            terms = players(x, where, keys)
-        row |= update(model, optimizer, terms)
-        if model.discriminator:
-            model.discriminator.requires_grad_(True)
-        if keys:
-            model.enqueue(keys)
-        # The average of a short run is not one of its start.
-        update_average(model.averaged_decoder, model.decoder, min(cfg.ema, step / (step + 9)))
-        rows.append(row)
+        rows.append(train_step(cfg, model, player_terms, optimizer, batches, step))
 
-        if step % cfg.log_every == 0 or step == total:
+        validating = step % cfg.eval_every == 0 or step == total
+        if validating or step % cfg.log_every == 0:
             log_training(folder, state, total, rows, data.batch_size)
             rows = []
-        if step % cfg.eval_every == 0 or step == total:
-            validate(cfg, model, images, folder, optimizer, state, judge)
-        # After the validation, so that last.pt knows the best one; rows are logged by now.
+        if validating:
+            validate(cfg, model, images, folder, optimizer, state, reference)
+        # Saved after the validation, to hold its score, and only where all steps so far are logged:
+        # a resumed run starts its next line with no rows.
         if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
             save(folder / "last.pt", cfg, model, optimizer, state)
             state["saved"] = time.perf_counter()
     save(folder / "last.pt", cfg, model, optimizer, state)
 
 
+def train_step(cfg, model, player_terms, optimizer, batches, step):
+    """An update of D on each batch, then one of encoder and decoder on the last -> means of terms.
+
+    --loss vae has no D. The contrast is of the last batch alone: D's last update and that of
+    encoder and decoder have it, with the same keys. The terms are those of these two updates.
+    """
+    x = batches[-1]
+    where = None
+    keys = None
+    means = {}
+    if model.discriminator:
+        for batch in batches[:-1]:
+            update_discriminator(cfg, model, player_terms, optimizer, batch)
+        if model.contrastive:
+            update_average(model.momentum_discriminator, model.discriminator, cfg.momentum)
+            where = patch_places(cfg, step)
+            with autocast(cfg):
+                keys = model.encode_keys(x, where)
+        means |= update_discriminator(cfg, model, player_terms, optimizer, x, where, keys)
+    means |= update_autoencoder(cfg, model, player_terms, optimizer, x, where, keys)
+    if model.contrastive:
+        model.enqueue(keys)
+    # The decay grows with the step, else a short run's average would be of its random start.
+    decay = min(cfg.ema, step / (step + 9))
+    update_average(model.averaged_decoder, model.decoder, decay)
+    return means
+
+
+def update_discriminator(cfg, model, player_terms, optimizer, x, where=None, keys=None):
+    """One update of D on images x -> the means of `discriminator_terms`.
+
+    Encoder and decoder have no gradients there, so Adam passes over them.
+    """
+    with autocast(cfg):
+        terms = player_terms(x, where, keys, player="discriminator")
+    return update(model, optimizer, terms)
+
+
+def update_autoencoder(cfg, model, player_terms, optimizer, x, where=None, keys=None):
+    """One update of encoder and decoder on images x -> the means of `autoencoder_terms`.
+
+    D is frozen: gradients pass through it to the decoder, but its own weights get none.
+    """
+    if model.discriminator:
+        model.discriminator.requires_grad_(False)
+    with autocast(cfg):
+        terms = player_terms(x, where, keys, player="autoencoder")
+    means = update(model, optimizer, terms)
+    if model.discriminator:
+        model.discriminator.requires_grad_(True)
+    return means
+
+
 def update(model, optimizer, terms):
-    """One step of Adam on the weighted terms of a player, Eqs. (5), (9) -> their means."""
-    loss = sum(model.weights[name] * terms[name].mean() for name in model.weights if name in terms)
-    optimizer.zero_grad()
+    """One step of Adam on the weighted sum of a player's terms, Eqs. (5), (9) -> their means."""
+    loss = 0
+    for name, values in terms.items():
+        if name in model.weights:
+            loss = loss + model.weights[name] * values.mean()
+    optimizer.zero_grad()  # the other player's gradients too
     loss.backward()
     optimizer.step()
     return {name: values.detach().mean() for name, values in terms.items()}
 
 
-def patches_wanted(cfg, step):
-    """Whether local patches are contrasted at this step."""
-    return cfg.patch_after is not None and step > cfg.patch_after
+def patch_places(cfg, step):
+    """A random place in each block for local patches, (4, 2) in [0, 1); None before they begin."""
+    if cfg.patch_after is None or step <= cfg.patch_after:
+        return None
+    return torch.rand(len(BLOCKS), 2, device=cfg.device)
 
 
-def fid_judge(cfg, images):
-    """For --fid: the Inception network and what it sees in validation images; else None."""
+def fid_reference(cfg, images):
+    """With --fid: the Inception network and its statistics of validation images; else None."""
     if not cfg.fid or processes()[0] > 0:
         return None
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
@@ -701,18 +751,18 @@ def fid_judge(cfg, images):
 
 
 # Changed from vae.py: distances and pictures; only FID says which step is best
-def validate(cfg, model, images, folder, optimizer, state, judge):
-    """Distances on validation images, figures, and with FID best.pt where it is the best so far.
+def validate(cfg, model, images, folder, optimizer, state, reference):
+    """Log distances of validation images, draw figures; best.pt where FID is the lowest so far.
 
-    Process 0 does it while the others wait, and the clock of training stands still.
+    Process 0 does it while the others wait. This time is not counted as training.
     """
     began = time.perf_counter()
     if processes()[0] == 0:
         valid = Batches(images.valid, cfg.batch_size, cfg.device, count=cfg.eval_images)
         with inference(cfg, model):
             row = distances(model, valid)
-            if judge:
-                inception, statistics = judge
+            if reference:
+                inception, statistics = reference
                 samples = sample_batches(model, min(cfg.fid, valid.count))
                 row |= inception_metrics(inception, samples, {"valid": statistics})
             save_figures(cfg, model, images.valid, folder, f"{state['step']:06d}")
@@ -734,7 +784,7 @@ def evaluate(cfg, model, images, folder, state):
     Beside each number stands how it was made.
     """
     if images.labels is not None:
-        label_values(cfg, images, "train")  # a wrong flag is told before anything is written
+        label_values(cfg, images, "train")  # reports a wrong flag before anything is written
     with inference(cfg, model):
         test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
         vgg = None
@@ -764,10 +814,10 @@ def evaluate(cfg, model, images, folder, state):
 
 
 def distances(model, batches, vgg=None):
-    """x against x̂, means over a split: pixel and, with VGGFeatures, perceptual distance.
+    """Mean distances of x and x̂ over a split: pixel and, with VGGFeatures, perceptual.
 
-    Also the KL in nats per image and per latent dimension, and in how many dimensions it is above
-    0.05 nats (our idea of "in use").
+    Also the mean KL in nats, per image and per latent dimension, and `active`, the number of
+    dimensions in which it is above 0.05 nats (our threshold).
     """
     columns = {"pixel_distance": [], "perceptual_distance": [], "kl": []}
     for x in batches:
@@ -790,9 +840,9 @@ def distances(model, batches, vgg=None):
 
 # Changed from vae.py: of reconstructions too
 def fid(cfg, model, images, test):
-    """FID against train and test, Inception Score, of --fid samples and of reconstructions.
+    """FID against train and test, and Inception Score: of --fid samples, then of reconstructions.
 
-    Each test image is reconstructed once. {} without the network.
+    Each test image is reconstructed once. Without the network the result is empty.
     """
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
     if inception is None:
@@ -808,13 +858,13 @@ def fid(cfg, model, images, test):
 def label_values(cfg, images, split):
     """The labels of a split in --label_column -> int64 (N,).
 
-    UserError where there is no such column, or --label_value is not in train.
+    UserError where there is no such column, or where the training images have no --label_value.
     """
-    labels = images.labels[split].reshape(len(images.labels[split]), -1)
-    if cfg.label_column >= labels.shape[1]:
+    columns = images.labels[split].reshape(len(images.labels[split]), -1)
+    if cfg.label_column >= columns.shape[1]:
         raise UserError(f"--label_column {cfg.label_column}: the labels of {images.name} have "
-                        f"columns 0 to {labels.shape[1] - 1}")
-    labels = torch.from_numpy(labels[:, cfg.label_column].astype(np.int64))
+                        f"columns 0 to {columns.shape[1] - 1}")
+    labels = torch.from_numpy(columns[:, cfg.label_column].astype(np.int64))
     if split == "train" and cfg.label_value is not None and cfg.label_value not in labels:
         raise UserError(f"--label_value {cfg.label_value}: the labels of {images.name} are "
                         f"{labels.unique().tolist()}")
@@ -824,12 +874,14 @@ def label_values(cfg, images, split):
 def probe(cfg, model, images):
     """Table 6: test errors of a linear classifier on codes, and of the same on pixels, in percent.
 
-    Codes are the means of q(z|x). It learns from 60,000 images, enough for a linear classifier, or
-    from ten times --eval_images. {} without labels.
+    Codes are the means of q(z|x). The classifier learns from at most 60,000 training images, and
+    from at most ten times --eval_images. Without labels the result is empty.
     """
     if images.labels is None:
         return {}
-    most = {"train": min(60_000, 10 * (cfg.eval_images or 6000)), "test": cfg.eval_images}
+    most = {"train": 60_000, "test": cfg.eval_images}  # enough for a linear classifier
+    if cfg.eval_images:
+        most["train"] = min(60_000, 10 * cfg.eval_images)
     codes = {}
     pixels = {}
     labels = {}
@@ -850,7 +902,7 @@ def probe(cfg, model, images):
 
 # Changed from vae.py: codes instead of noise
 def save_figures(cfg, model, images, folder, name):
-    """samples/, 64 of them; reconstructions/, rows x, x̂, x, x̂ …"""
+    """samples/: 64 of them. reconstructions/: rows of x and x̂ in turn."""
     x = next(iter(Batches(images, 32, cfg.device, count=32)))
     sampled = f"{name}-clamp.png" if cfg.clamp else f"{name}.png"
     reconstructed = f"{name}-draw.png" if cfg.draw_code else f"{name}.png"
@@ -858,18 +910,22 @@ def save_figures(cfg, model, images, folder, name):
     save_grid(folder / "reconstructions" / reconstructed, x, model.reconstruct(x))
 
 
+def first_images(array, count, device):
+    """The first `count` images of a split, (count, C, H, W). A smaller split is repeated."""
+    x = next(iter(Batches(array, count, device, count=count)))
+    return x[torch.arange(count, device=x.device) % len(x)]
+
+
 def save_interpolations(cfg, model, images, folder):
-    """interpolations/: one a row, between test images."""
-    x = next(iter(Batches(images.test, 8, cfg.device, count=8)))
-    x = x[torch.arange(8, device=x.device) % len(x)]  # of a small set, some twice
+    """interpolations/: each row leads from one test image to another."""
+    x = first_images(images.test, 8, cfg.device)
     rows = model.interpolate(x, x.roll(1, 0))
     save_grid(folder / "interpolations" / "test.png", rows.flatten(0, 1))
 
 
 def save_mixing(cfg, model, images, folder):
-    """mixing/: the top row's images put into those on the left (Figure 12)."""
-    x = next(iter(Batches(images.test, 16, cfg.device, count=16)))
-    x = x[torch.arange(16, device=x.device) % len(x)]  # of a small set, some twice
+    """mixing/: images on the left, with parts of the codes of those in the top row (Figure 12)."""
+    x = first_images(images.test, 16, cfg.device)
     left = x[:7]
     top = x[-7:]
     corner = torch.ones_like(x[:1])
@@ -878,10 +934,10 @@ def save_mixing(cfg, model, images, folder):
 
 
 def save_editing(cfg, model, images, folder):
-    """editing/: rows x, then images at its code plus 0, ½, 1 … 3 times a direction.
+    """editing/: rows of x, then images at its code plus 0, ½, 1 … 3 times a direction (A.2).
 
-    That of --label_value: the mean code of 20 training images that have it less that of 20 that
-    have not. Nothing where there are no labels, or all are the same.
+    The direction goes from images without --label_value to images with it: the difference of the
+    mean codes of 20 training images each. No figure without labels, or where all are the same.
     """
     if images.labels is None:
         return
@@ -892,10 +948,9 @@ def save_editing(cfg, model, images, folder):
     others = (label_values(cfg, images, "test") != value).nonzero()[:8, 0]
     if len(lack) == 0 or len(others) == 0:
         return
-    batches = []
-    for array, index in ((images.train, have), (images.train, lack), (images.test, others)):
-        batches.append(next(iter(Batches(array[index.numpy()], 20, cfg.device))))
-    with_it, without_it, x = batches
+    with_it = next(iter(Batches(images.train[have.numpy()], 20, cfg.device)))
+    without_it = next(iter(Batches(images.train[lack.numpy()], 20, cfg.device)))
+    x = next(iter(Batches(images.test[others.numpy()], 20, cfg.device)))
     direction = model.encode(with_it).mean(0) - model.encode(without_it).mean(0)
     edited = model.edit(x, direction, [i / 2 for i in range(7)])
     rows = torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1)
@@ -904,7 +959,10 @@ def save_editing(cfg, model, images, folder):
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
-    """PNG of true pixel values, 8 images a row. Sets (B, C, H, W): row 1 of each, then row 2 …"""
+    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
+
+    The first row of each set comes first, then the second of each. An incomplete row is left out.
+    """
     path.parent.mkdir(exist_ok=True)
     columns = min(8, len(images[0]))
     whole = len(images[0]) // columns * columns
@@ -916,48 +974,52 @@ def save_grid(path, *images):
 # Flags, the run's folder and its files, precision, main: nothing of the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # last.pt is saved at the first progress line after so long
+SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells of a wrong flag as of every other mistake."""
+    """Reports a wrong flag as a UserError, which `main` prints as one line."""
 
     def error(self, message):
         raise UserError(message)
 
 
 def parse_flags(argv=None, run=None):
-    """Command line -> Config, each field a flag; UserError for a wrong one.
+    """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run`, the flags of a run that goes on or is evaluated, are the defaults then. To type another
-    value for one that is `fixed` is an error.
+    `run` holds the flags of the run that is resumed or evaluated: they are the defaults here, and a
+    `fixed` one cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
+    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
-        default = argparse.SUPPRESS if f.default is None else f.default  # the help says it
+        default = f.default
+        if run and f.name not in of_this_call:
+            default = run.get(f.name, default)  # a run may be older than the flag
+        if default is None:
+            default = argparse.SUPPRESS  # --help prints no "(default: None)"
         options = {"default": default, "help": f.metadata["help"]}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name}", **options)
-    if run:
-        of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
-        parser.set_defaults(**{name: run[name] for name in run if name not in of_this_call})
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        high = f.metadata["high"]
+        low, high = f.metadata["range"]
         if f.type in (int, float) and value is not None:
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
                 raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
-        if value != kept:
+        kept = run.get(f.name, f.default) if run else value
+        if f.metadata["fixed"] and value != kept:
             raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
+    if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:
+        raise UserError("this run's length is set by --steps, which --epochs does not change")
     return cfg
 
 
@@ -968,25 +1030,25 @@ def run_folder(cfg):
 
 
 def start_run(cfg, folder):
-    """Make the folder of a new run, with config.json and an empty log -> its state.
+    """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
-    "best" is the lowest validation score; "start" and "saved" are times of the clock.
+    "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
+    "saved" are readings of the clock: when training began, less pauses, and the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)  # nothing, where there is no git
+                             capture_output=True, text=True)  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
-        config = json.dumps({**dataclasses.asdict(cfg), **made_by}, indent=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | made_by, indent=1))
         (folder / "log.jsonl").write_text("")
-    now = time.perf_counter()
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": now, "saved": now}
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
+            "saved": -math.inf}  # so last.pt is saved at the first progress line
 
 
 def restore(checkpoint, model, optimizer):
-    """Load a checkpoint -> the run's state, its clock set anew."""
+    """Load a checkpoint -> the run's state, with its clock running again."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     now = time.perf_counter()
@@ -1003,7 +1065,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to go on from") from None
+        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -1012,10 +1074,11 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0.
+    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
+    require_finite(model, state["step"])
     if processes()[0] == 0:
         aside = path.with_suffix(".tmp")
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
@@ -1024,14 +1087,14 @@ def save(path, cfg, model, optimizer, state):
 
 
 def autocast(cfg):
-    """The networks' precision, --dtype."""
+    """Context in which the networks compute in --dtype."""
     device = torch.device(cfg.device).type
     return torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Inside: no gradients, weights normalised once, noise that follows from --seed alone."""
+    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -1056,9 +1119,9 @@ def print_header(cfg, folder, model, images):
 
 
 def main(Model, argv=None):
-    """Train and evaluate; with --eval evaluate. -> the exit code.
+    """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    2 for a user's mistake, 1 where a number is not finite, 130 for Ctrl-C.
+    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -1067,7 +1130,7 @@ def main(Model, argv=None):
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif (folder / "last.pt").exists():
+        elif any(folder.glob("*.pt")):
             raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
                             "--name NAME starts another")
         cfg.check()
@@ -1078,12 +1141,12 @@ def main(Model, argv=None):
         if not cfg.eval:
             print_header(cfg, folder, model, images)
             train(cfg, model, images, folder, checkpoint)
-            barrier()  # process 0 has written
+            barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
         model.load_state_dict(checkpoint["model"])
         if processes()[0] == 0:
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # one that left would end the others
+        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

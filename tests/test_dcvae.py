@@ -19,8 +19,8 @@ import dcvae
 from common import Images, UserError, from_uint8, quantize, to_uint8
 from conftest import count, seeded
 from dcvae import (
-    BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, discriminator_gan,
-    gaussian_kl, generator_gan, info_nce, sample_code, update_average)
+    BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, autoencoder_gan,
+    discriminator_gan, gaussian_kl, info_nce, sample_code, update_average)
 
 
 @pytest.fixture(autouse=True)
@@ -274,14 +274,14 @@ def test_gan_losses_by_hand():
     sampled = torch.tensor([0.0, -0.5])
     d_hinge = discriminator_gan("hinge", real, reconstructed, sampled)
     assert d_hinge.tolist() == [0 + 0 + 0.5, 0.5 + 0.5 * 1.5 + 0.5 * 0.5]
-    g_hinge = generator_gan("hinge", reconstructed, sampled)
-    assert g_hinge.tolist() == [1.5 + 0.125, -0.25 + 0.125]
+    hinge = autoencoder_gan("hinge", reconstructed, sampled)
+    assert hinge.tolist() == [1.5 + 0.125, -0.25 + 0.125]
     D = torch.sigmoid
     of_fakes = (1 - D(sampled)).log() + (1 - D(reconstructed)).log()
     eq4 = D(real).log() + of_fakes
     torch.testing.assert_close(discriminator_gan("log", real, reconstructed, sampled), -eq4)
-    g_log = generator_gan("log", reconstructed, sampled)
-    torch.testing.assert_close(g_log.mean(), of_fakes.mean())
+    log = autoencoder_gan("log", reconstructed, sampled)
+    torch.testing.assert_close(log.mean(), of_fakes.mean())
 
 
 LOSSES = {
@@ -293,10 +293,8 @@ LOSSES = {
 
 
 def keys_of(model, x):
-    """encode_keys where the loss has a contrast, else None, None."""
-    if model.contrastive:
-        return model.encode_keys(x)
-    return None, None
+    """encode_keys where the loss has a contrast, else None."""
+    return model.encode_keys(x) if model.contrastive else None
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -309,8 +307,8 @@ def test_terms_of_the_four_losses(loss, gan):
     """
     model = make(loss=loss, gan=gan)
     x = noise_images(4)
-    where, keys = keys_of(model, x)
-    terms = model(x, where, keys)
+    keys = keys_of(model, x)
+    terms = model(x, keys=keys)
     assert list(terms) == LOSSES[loss]
     encoder_weight = model.encoder.linear.parametrizations.weight.original
     decoder_weight = model.decoder.enter[0].weight
@@ -324,7 +322,7 @@ def test_terms_of_the_four_losses(loss, gan):
         assert model.discriminator is None
         return
 
-    terms = model(x, where, keys, critic=True)
+    terms = model(x, keys=keys, player="discriminator")
     assert ("d_gan" in terms) == model.adversarial
     assert ("d_contrast" in terms) == model.contrastive
     sum(terms[name].sum() for name in terms if name in model.weights).backward()
@@ -342,7 +340,7 @@ def test_vae_loss_is_minus_the_elbo():
     assert model.cfg.kl_weight == 1
     assert Config().kl_weight == 6.4e-5
     with torch.no_grad():
-        terms = seeded(model.terms, x)
+        terms = seeded(model.autoencoder_terms, x)
         mean, log_var = model.encoder(x)
         sd = (log_var / 2).exp()
         z = mean + sd * seeded(torch.randn_like, mean)
@@ -375,9 +373,9 @@ def test_terms_against_parts():
     """
     model = make().eval()
     x = noise_images(3)
-    where, keys = model.encode_keys(x)
+    keys = model.encode_keys(x)
     with torch.no_grad():
-        terms = seeded(model.terms, x, where, keys)
+        terms = seeded(model.autoencoder_terms, x, keys=keys)
         scores, features = model.discriminator(model.decoder(codes(model, x, 6)))
         torch.testing.assert_close(terms["gan"], -0.5 * scores[:3] - 0.5 * scores[3:].mean())
         of_reconstructions = {name: values[:3] for name, values in features.items()}
@@ -391,7 +389,7 @@ def test_feature_distance_is_that_of_the_reconstructions():
     model = make(loss="vaegan").eval()
     x = noise_images(3)
     with torch.no_grad():
-        terms = seeded(model.terms, x)
+        terms = seeded(model.autoencoder_terms, x)
         _, of_x = model.discriminator(x)
         _, of_x_hat = model.discriminator(model.decoder(codes(model, x, 0)))
     distance = (of_x["final"] - of_x_hat["final"]).square().sum(1)
@@ -405,9 +403,9 @@ def test_discriminator_terms_against_parts():
     """
     model = make().eval()
     x = noise_images(3)
-    where, keys = model.encode_keys(x)
+    keys = model.encode_keys(x)
     with torch.no_grad():
-        terms = seeded(model.discriminator_terms, x, where, keys)
+        terms = seeded(model.discriminator_terms, x, keys=keys)
         fakes = model.decoder(codes(model, x, 3))
         for name, images in (("real", x), ("reconstructed", fakes[:3]), ("sampled", fakes[3:])):
             torch.testing.assert_close(terms[name], model.discriminator(images)[0])
@@ -474,23 +472,45 @@ def test_queue_keeps_the_newest(negatives, batch):
     assert torch.equal(oldest_first, everything[-negatives:])
 
 
-def test_keys_come_from_the_momentum_network_after_it_moved():
-    """Else keys are of D itself, or of an average that is one step behind, or carry gradients."""
-    model = make(momentum=0.75)
+def test_keys_come_from_the_momentum_network():
+    """Else keys are of D itself, or not of length 1, or carry gradients, or move the network."""
+    model = make()
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         model.discriminator.linear.parametrizations.weight.original.add_(1)
     expected = copy.deepcopy(model.momentum_discriminator)
-    before = expected.linear.parametrizations.weight.original.clone()
-    update_average(expected, model.discriminator, 0.75)
-    _, keys = model.encode_keys(x)
-    after = model.momentum_discriminator.linear.parametrizations.weight.original
-    torch.testing.assert_close(after.detach(), before + 0.25)
+    keys = model.encode_keys(x)
     with torch.no_grad():
         _, features = expected(x)
     for name in ("b1", "final"):
         torch.testing.assert_close(keys[name], F.normalize(features[name], dim=1))
         assert not keys[name].requires_grad
+    for p, same in zip(model.momentum_discriminator.parameters(), expected.parameters()):
+        assert torch.equal(p, same)
+
+
+def test_momentum_network_moves_before_keys_are_made(tmp_path, monkeypatch):
+    """Else keys are of an average that is one step behind, or that follows D's last update.
+
+    With --momentum 0 the average that makes the keys is D after its update on the first batch.
+    """
+    model = make(momentum=0, lr=1e-3, d_steps=2)
+    weight = "linear.parametrizations.weight.original"
+    start = model.discriminator.state_dict()[weight].clone()
+    seen = []
+
+    def encode_keys(x, where):
+        for net in (model.momentum_discriminator, model.discriminator):
+            seen.append(copy.deepcopy(net.state_dict()))
+        return DCVAE.encode_keys(model, x, where)
+
+    monkeypatch.setattr(model, "encode_keys", encode_keys)
+    play(tmp_path, model=model, momentum=0, d_steps=2)
+    average, live = seen
+    for name, values in live.items():  # spectral norm's vectors too
+        assert torch.equal(average[name], values), name
+    assert not torch.equal(average[weight], start)
+    assert not torch.equal(average[weight], model.discriminator.state_dict()[weight])
 
 
 def test_average_follows_parameters_and_batch_statistics():
@@ -536,10 +556,10 @@ def test_patches_are_one_place_of_each_block():
     x = torch.rand(2, 3, 16, 16)
     patches = [f"patch_{name}" for name in BLOCKS]
     assert list(model.queue) == ["b1", "final", *patches]
-    where, keys = model.encode_keys(x, patches=True)
+    where = torch.rand(4, 2)
+    keys = model.encode_keys(x, where)
     assert list(keys) == ["b1", "final", *patches]
-    _, without = model.encode_keys(x)
-    assert list(without) == ["b1", "final"]
+    assert list(model.encode_keys(x)) == ["b1", "final"]
 
     model.eval()
     with torch.no_grad():
@@ -555,18 +575,15 @@ def test_patches_are_one_place_of_each_block():
             loss, _ = info_nce(features[name], keys[name], model.queue[name], 0.07)
             expected = expected + loss / 4
         torch.testing.assert_close(contrast, expected)
-        assert len(model.terms(x, where, keys)) == 3
+        assert len(model.autoencoder_terms(x, where, keys)) == 3
         for corner in (0.0, 1 - 2**-24):  # the first and the last place exist
             model.discriminator(x, torch.full((4, 2), corner))
 
 
 def test_place_of_patches_changes():
     """Else the same corner of every map is contrasted at every step, or in every block."""
-    model = make(patch_after=0)
-    x = torch.rand(2, 3, 16, 16)
-    first, _ = model.encode_keys(x, patches=True)
-    second, _ = model.encode_keys(x, patches=True)
-    places = torch.cat([first, second])
+    cfg = Config(patch_after=0, device="cpu")
+    places = torch.cat([dcvae.patch_places(cfg, 1), dcvae.patch_places(cfg, 2)])
     assert places.shape == (8, 2)
     assert len(places.unique(dim=0)) == 8
     assert places.min() >= 0
@@ -575,12 +592,13 @@ def test_place_of_patches_changes():
 
 def test_patches_begin_after_patch_after():
     """Else local patches are contrasted a step too early, from the start, or without the flag."""
-    never = Config()
-    assert not dcvae.patches_wanted(never, 10**6)
-    late = Config(patch_after=3)
-    assert [dcvae.patches_wanted(late, step) for step in (1, 3, 4, 5)] == [False, False, True, True]
-    at_once = Config(patch_after=0)
-    assert dcvae.patches_wanted(at_once, 1)
+    never = Config(device="cpu")
+    assert dcvae.patch_places(never, 10**6) is None
+    late = Config(patch_after=3, device="cpu")
+    assert dcvae.patch_places(late, 3) is None
+    assert dcvae.patch_places(late, 4) is not None
+    at_once = Config(patch_after=0, device="cpu")
+    assert dcvae.patch_places(at_once, 1) is not None
 
 
 def test_patches_do_not_wait_for_the_device():
@@ -632,7 +650,7 @@ def watch(model, seen):
             return function(x, where, keys)
         return call
 
-    for name in ("terms", "discriminator_terms"):
+    for name in ("autoencoder_terms", "discriminator_terms"):
         setattr(model, name, watched(name, getattr(model, name)))
 
 
@@ -659,7 +677,7 @@ def test_a_step_is_d_steps_updates_of_d_and_one_of_the_rest(tmp_path):
     watch(model, seen)
     play(tmp_path, model=model, d_steps=3)
     names = [name for name, _, _ in seen]
-    assert names == ["discriminator_terms"] * 3 + ["terms"]
+    assert names == ["discriminator_terms"] * 3 + ["autoencoder_terms"]
     assert [has_keys for _, _, has_keys in seen] == [False, False, True, True]
     pixels = [x[0, 0, 0, 0].item() for _, x, _ in seen]
     assert len(set(pixels[:3])) == 3
@@ -677,14 +695,14 @@ def test_vae_learns(tmp_path):
     x = noise_images(8)
 
     def loss():
-        terms = seeded(model.terms, x)
+        terms = seeded(model.autoencoder_terms, x)
         return (terms["pixel"] + 0.5 * terms["kl"]).mean()
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss(), parameters)
     before = loss().item()
     optimizer = torch.optim.Adam(parameters, lr=1e-4, betas=(0.0, 0.9))
-    terms = seeded(model.terms, x)
+    terms = seeded(model.autoencoder_terms, x)
     means = dcvae.update(model, optimizer, terms)
     for p, gradient in zip(parameters, expected):
         torch.testing.assert_close(p.grad, gradient)
@@ -703,14 +721,13 @@ def test_discriminator_lowers_the_contrast():
     """
     model = make(loss="contrastive", negatives=56)
     x = noise_images(64)
-    _, others = model.encode_keys(x[8:])
-    model.enqueue(others)
-    where, keys = model.encode_keys(x[:8])
+    model.enqueue(model.encode_keys(x[8:]))
+    keys = model.encode_keys(x[:8])
     model.eval()  # power iterations stand still: only weights change
     optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-4)
-    before = seeded(model, x[:8], where, keys, critic=True)
+    before = seeded(model.discriminator_terms, x[:8], keys=keys)
     dcvae.update(model, optimizer, before)
-    after = seeded(model, x[:8], where, keys, critic=True)
+    after = seeded(model.discriminator_terms, x[:8], keys=keys)
     assert after["d_contrast"].mean() < before["d_contrast"].mean()
 
 
