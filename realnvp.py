@@ -18,7 +18,7 @@ from the paper: docs/realnvp.md. Results: docs/results.md.
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
     x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1)
     y the logits of x, v the base variable (the paper's z), both shaped like x
-    z what goes into a coupling or a flow, v what comes out: the x and y of Eqs. (4) to (9)
+    z what goes into a coupling, z' what comes out: the x and y of Eqs. (4) to (9)
 """
 
 import argparse
@@ -48,7 +48,7 @@ from common import (
     INCEPTION_URL, POINTS, Batches, InceptionFeatures, UserError, barrier, bits_per_dim,
     choose_device, draw_curves, from_uint8, importance_weighted, inception_metrics, load_images,
     load_network, log_row, log_training, mean_terms, processes, reference_statistics,
-    sample_batches, seconds_to_sample, seed_noise, to_uint8, write_results)
+    require_finite, sample_batches, seconds_to_sample, seed_noise, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -56,23 +56,20 @@ from common import (
 # Copied from vae.py: flag
 def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 # Changed from vae.py: no latent and no prior; what the plane needs
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the paper's for CIFAR-10 (section 4.1), else its released code's.
-
-    The number of epochs is ours.
-    """
+    """The flags. Defaults: the paper's for CIFAR-10 (4.1), else as released; epochs are ours."""
 
     dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, "
                         "stl10, imagenette, celeba, or a folder", fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder there (default: script-dataset-variant-seed)")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     size: int = flag(None, "side of the images, even; above 32 without --small 40, 48, 56, 64, "
                      "80 … (default: the dataset's)", fixed=True)
     small: bool = flag(False, "network narrowed for a laptop CPU, quick evaluation", fixed=True)
@@ -82,15 +79,15 @@ class Config:
                            fixed=True)
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
                      "from 1000 on falls, to a tenth", fixed=True, low=0)
-    cooldown: float = flag(0.0, "last share of the steps over which the rate falls to zero",
+    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
                            fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in that folder")
-    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
     eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
@@ -114,11 +111,11 @@ class Config:
 
     @property
     def variant(self):
-        """What the name of a run's folder says of it."""
+        """The part of the run folder's name that tells of the model."""
         return "small" if self.small else "full"
 
     def check(self):
-        """UserError for what no model can be made of, before anything is written."""
+        """Raise UserError for flags of which no model can be made, before anything is written."""
         if self.dataset not in POINTS:
             scales_for(self.size or 32, self.small)
 
@@ -180,11 +177,16 @@ class ResNet(nn.Module):
         return self.leave(F.relu(skipped)) * self.slowed
 
 
-def mlp(hidden=64):
-    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(2, hidden), nn.ReLU(),
+def mlp(channels, side, hidden=64):
+    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first.
+
+    Points have `channels` 2 and `side` 1.
+    """
+    values = channels * side**2
+    return nn.Sequential(nn.Flatten(), nn.Linear(values, hidden), nn.ReLU(),
                          nn.Linear(hidden, hidden), nn.ReLU(),
-                         zeroed(nn.Linear(hidden, 4)), nn.Unflatten(1, (4, 1, 1)))
+                         zeroed(nn.Linear(hidden, 2 * values)),
+                         nn.Unflatten(1, (2 * channels, side, side)))
 
 
 class Coupling(nn.Module):
@@ -192,7 +194,7 @@ class Coupling(nn.Module):
 
     Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
     so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> v, same shape, and log |det ∂v/∂z| (B,) in nats.
+    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
     """
 
     def __init__(self, mask, channels, net):
@@ -208,27 +210,29 @@ class Coupling(nn.Module):
         return s * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        """z -> v (B, C, H, W) and log |det ∂v/∂z| (B,)."""
+        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
         s, t = self.s_t(z)
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
-    def inverse(self, v):
-        """v -> z (B, C, H, W)."""
-        s, t = self.s_t(v)  # those of z: what passed is the same in both
-        return (v - t) * torch.exp(-s)
+    def inverse(self, z_next):
+        """z' -> z (B, C, H, W)."""
+        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        return (z_next - t) * torch.exp(-s)
 
 
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
 
-    z (B, C, H, W) -> v, same shape, and log |det ∂v/∂z| (B,) in nats: determinants multiply, their
-    logarithms add (their Eqs. (10), (11)). make_net() makes the network of a coupling.
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
+    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
+    coupling.
     """
 
-    def __init__(self, mask, count, channels, make_net):
+    def __init__(self, mask, count, channels, side, make_net):
         super().__init__()
         for i in range(count):
-            self.append(Coupling((mask + i) % 2, channels, make_net()))  # odd i: inverted
+            net = make_net(channels, side)
+            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
 
     def forward(self, z):
         log_det = 0.0
@@ -237,11 +241,11 @@ class Couplings(nn.ModuleList):
             log_det = log_det + log_det_i
         return z, log_det
 
-    def inverse(self, v):
-        """(f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (Eq. (12))."""
+    def inverse(self, z):
+        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
         for coupling in reversed(self):
-            v = coupling.inverse(v)
-        return v
+            z = coupling.inverse(z)
+        return z
 
 
 class Flow(nn.Module):
@@ -262,11 +266,10 @@ class Flow(nn.Module):
         first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
         self.rest = None
         if scales == 1:
-            self.fine = Couplings(checkerboard, 4, channels, lambda: make_net(channels, side))
+            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
         else:
-            self.fine = Couplings(checkerboard, 3, channels, lambda: make_net(channels, side))
-            self.squeezed = Couplings(first_half, 3, 4 * channels,
-                                      lambda: make_net(4 * channels, side // 2))
+            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
+            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
             self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
 
     def forward(self, z):
@@ -323,7 +326,7 @@ class RealNVP(nn.Module):
         self.plane = size == 1
         if self.plane:
             first_axis = torch.tensor([1, 0]).view(2, 1, 1)  # x₁ moves x₂, x₂ moves x₁, …
-            self.flow = Couplings(first_axis, 8, 2, mlp)
+            self.flow = Couplings(first_axis, 8, channels, size, mlp)
             return
         if cfg.small:
             blocks, hidden = WIDTHS["small"]
@@ -420,7 +423,7 @@ class RealNVP(nn.Module):
         v2, _ = self(x2)
         images = []
         for i in range(count):
-            angle = math.pi / 2 * i / (count - 1)
+            angle = math.pi / 2 * i / max(1, count - 1)
             images.append(self.inverse(math.cos(angle) * v1 + math.sin(angle) * v2))
         return torch.stack(images, 1)
 
@@ -445,7 +448,8 @@ def train(cfg, model, images, folder, checkpoint):
     Without a checkpoint a new run is made in `folder`, else the one in it goes on.
     """
     rank, world = processes()
-    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world)
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
+                   augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
@@ -481,12 +485,14 @@ def train(cfg, model, images, folder, checkpoint):
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
-        if step % cfg.log_every == 0 or step == total:
+        validating = step % cfg.eval_every == 0 or step == total
+        if validating or step % cfg.log_every == 0:
             log_training(folder, state, total, rows, data.batch_size, dims)
             rows = []
-        if step % cfg.eval_every == 0 or step == total:
+        if validating:
             validate(cfg, model, images, folder, optimizer, state)
-        # After the validation, so that last.pt knows the best one; rows are logged by now.
+        # Saved after the validation, to hold its score, and only where all steps so far are logged:
+        # a resumed run starts its next line with no rows.
         if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
             save(folder / "last.pt", cfg, model, optimizer, state)
             state["saved"] = time.perf_counter()
@@ -495,10 +501,13 @@ def train(cfg, model, images, folder, checkpoint):
 
 # Copied from vae.py: start_of_cooldown
 def start_of_cooldown(cfg, state, total):
-    """The step after which the learning rate falls to zero, over the last --cooldown of `total`.
+    """The step after which the learning rate falls, to zero at the end of `total` steps.
 
-    UserError for a run in which it has begun to fall towards another last step.
+    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
+    already falls towards another last step.
     """
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     planned = state.get("total", total)
     if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
         raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
@@ -534,13 +543,13 @@ def validate(cfg, model, images, folder, optimizer, state):
 
 # Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
 def evaluate(cfg, model, images, folder, state):
-    """Bits per dimension, or nats a point, printed and in results.json, and figures test.png.
+    """Evaluate the model on the test set: bits per dimension, or nats a point, in results.json.
 
-    Of this checkpoint, on the test set.
+    They are printed too. The figures are called test.png. `state` is that of the checkpoint.
     """
     dims = math.prod(images.shape)
     test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    weighted = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         nats = sum(terms.values())
@@ -550,7 +559,7 @@ def evaluate(cfg, model, images, folder, state):
             results = {"nll_nats": nats, "integral": integral}
         else:
             results = {"elbo_bpd": bits_per_dim(nats, dims),
-                       **importance_weighted(model, weighted, cfg.iw_samples, dims)}
+                       **importance_weighted(model, iw_test, cfg.iw_samples, dims)}
         results |= {
             "test_images": test.count,
             **terms,
@@ -569,7 +578,10 @@ def evaluate(cfg, model, images, folder, state):
 
 # Copied from vae.py: fid
 def fid(cfg, model, images):
-    """FID of --fid samples against train and test, Inception Score; {} without the network."""
+    """FID of --fid samples against train and test, and Inception Score.
+
+    {} if Inception's weights cannot be had.
+    """
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
     if inception is None:
         return {}
@@ -595,9 +607,9 @@ def save_figures(cfg, model, images, folder, name):
     x = next(iter(Batches(images, 32, cfg.device, count=32)))
     error = model.inverse_error(x)
     shown = 2 * error / error.max().clamp(min=1e-9) - 1
-    line = model.interpolate(x[:8], x[:8].roll(1, 0))
+    rows = model.interpolate(x[:8], x[:8].roll(1, 0))  # (8, 8, C, H, W)
     save_grid(folder / "reconstructions" / f"{name}.png", x, shown)
-    save_grid(folder / "interpolations" / f"{name}.png", line.flatten(0, 1))
+    save_grid(folder / "interpolations" / f"{name}.png", rows.flatten(0, 1))
 
 
 def density(model, reach, cells):
@@ -660,7 +672,10 @@ def draw_lines(axes, grid):
 
 # Copied from vae.py: save_grid
 def save_grid(path, *images):
-    """PNG of true pixel values, 8 images a row. Sets (B, C, H, W): row 1 of each, then row 2 …"""
+    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
+
+    The first row of each set comes first, then the second of each. An incomplete row is left out.
+    """
     path.parent.mkdir(exist_ok=True)
     columns = min(8, len(images[0]))
     whole = len(images[0]) // columns * columns
@@ -672,48 +687,52 @@ def save_grid(path, *images):
 # Flags, the run's folder and its files, precision, main: nothing of the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # last.pt is saved at the first progress line after so long
+SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells of a wrong flag as of every other mistake."""
+    """Reports a wrong flag as a UserError, which `main` prints as one line."""
 
     def error(self, message):
         raise UserError(message)
 
 
 def parse_flags(argv=None, run=None):
-    """Command line -> Config, each field a flag; UserError for a wrong one.
+    """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run`, the flags of a run that goes on or is evaluated, are the defaults then. To type another
-    value for one that is `fixed` is an error.
+    `run` holds the flags of the run that is resumed or evaluated: they are the defaults here, and a
+    `fixed` one cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
+    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
-        default = argparse.SUPPRESS if f.default is None else f.default  # the help says it
+        default = f.default
+        if run and f.name not in of_this_call:
+            default = run.get(f.name, default)  # a run may be older than the flag
+        if default is None:
+            default = argparse.SUPPRESS  # --help prints no "(default: None)"
         options = {"default": default, "help": f.metadata["help"]}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name}", **options)
-    if run:
-        of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
-        parser.set_defaults(**{name: run[name] for name in run if name not in of_this_call})
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        high = f.metadata["high"]
+        low, high = f.metadata["range"]
         if f.type in (int, float) and value is not None:
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
                 raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
-        if value != kept:
+        kept = run.get(f.name, f.default) if run else value
+        if f.metadata["fixed"] and value != kept:
             raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
+    if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:
+        raise UserError("this run's length is set by --steps, which --epochs does not change")
     return cfg
 
 
@@ -724,25 +743,25 @@ def run_folder(cfg):
 
 
 def start_run(cfg, folder):
-    """Make the folder of a new run, with config.json and an empty log -> its state.
+    """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
-    "best" is the lowest validation score; "start" and "saved" are times of the clock.
+    "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
+    "saved" are readings of the clock: when training began, less pauses, and the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)  # nothing, where there is no git
+                             capture_output=True, text=True)  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
-        config = json.dumps({**dataclasses.asdict(cfg), **made_by}, indent=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | made_by, indent=1))
         (folder / "log.jsonl").write_text("")
-    now = time.perf_counter()
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": now, "saved": now}
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
+            "saved": -math.inf}  # so last.pt is saved at the first progress line
 
 
 def restore(checkpoint, model, optimizer):
-    """Load a checkpoint -> the run's state, its clock set anew."""
+    """Load a checkpoint -> the run's state, with its clock running again."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     now = time.perf_counter()
@@ -759,7 +778,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to go on from") from None
+        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -768,10 +787,11 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0.
+    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
+    require_finite(model, state["step"])
     if processes()[0] == 0:
         aside = path.with_suffix(".tmp")
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
@@ -780,14 +800,14 @@ def save(path, cfg, model, optimizer, state):
 
 
 def autocast(cfg):
-    """The networks' precision, --dtype."""
+    """Context in which the networks compute in --dtype."""
     device = torch.device(cfg.device).type
     return torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Inside: no gradients, weights normalised once, noise that follows from --seed alone."""
+    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -812,9 +832,9 @@ def print_header(cfg, folder, model, images):
 
 
 def main(Model, argv=None):
-    """Train and evaluate; with --eval evaluate. -> the exit code.
+    """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    2 for a user's mistake, 1 where a number is not finite, 130 for Ctrl-C.
+    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -823,7 +843,7 @@ def main(Model, argv=None):
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif (folder / "last.pt").exists():
+        elif any(folder.glob("*.pt")):
             raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
                             "--name NAME starts another")
         cfg.check()
@@ -834,12 +854,12 @@ def main(Model, argv=None):
         if not cfg.eval:
             print_header(cfg, folder, model, images)
             train(cfg, model, images, folder, checkpoint)
-            barrier()  # process 0 has written
+            barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
         model.load_state_dict(checkpoint["model"])
         if processes()[0] == 0:
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # one that left would end the others
+        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

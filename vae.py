@@ -1,4 +1,4 @@
-"""VAE with a normal, a mixture-of-Gaussians or a RealNVP prior (Gatopoulos & Tomczak 2020, 2, A.2).
+"""VAE with a normal, mixture or RealNVP prior (Gatopoulos & Tomczak 2020, sections 2 and A.2).
 
     generative model   p(x, z) = p(x|z) p(z)      p(x|z) a mixture of 10 discretized logistics a
                                                   pixel, p(z) by --prior
@@ -6,16 +6,21 @@
     bound              log p(x) ≥ E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)] = -E_q[re_x + kl_z]
 
     python vae.py --small --steps 2000            built-in shapes, minutes on a laptop
-    python vae.py --dataset cifar10 --small       CIFAR-10 on a CPU
-    python vae.py --dataset cifar10               the paper's size, for a GPU: 3.51 bits per
-                                                  dimension in its Table 2
+    python vae.py --dataset cifar10 --small --dtype bf16 --steps 1200 --eval_every 400
+                                                  4.91 bits per dimension after 8 minutes on one
+                                                  CPU core, which has AVX512-BF16
+    python vae.py --dataset cifar10               the released widths, for a GPU; not run here, the
+                                                  paper's Table 2 has 3.51 bits per dimension
 
-Paper: arXiv:2010.02014; "released" is the code of srVAE, its authors' predecessor of it.
+Paper: arXiv:2010.02014. Its code was not released; "released" is that of srVAE, an earlier model by
+the same authors. Equations without a number in the paper have one of ours, its section and a
+letter, as in (2.2a): docs/equations.md.
 Derivation, logged terms, differences from the paper: docs/vae.md. Results: docs/results.md.
 
-    B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
+    B batch · C, H, W channels, height, width of x · D = C·H·W, `dims` in the code
+    S importance samples · M components of a prior · P parameters of p(x|z) for each pixel
     x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent
-    v (B, 16, 8, 8) the prior's noise, N(0, 1); of a flow the base variable
+    v (B, 16, 8, 8) noise from N(0, 1) that p(z) turns into z; the base variable of a flow
 """
 
 import argparse
@@ -44,14 +49,14 @@ from common import (
     INCEPTION_URL, Batches, Dmol, InceptionFeatures, UserError, barrier, bits_per_dim,
     choose_device, dmol_channels, draw_curves, importance_weighted, inception_metrics, load_images,
     load_network, log_mean_exp, log_row, log_training, mean_terms, processes, reference_statistics,
-    sample_batches, seconds_to_sample, seed_noise, write_results)
+    require_finite, sample_batches, seconds_to_sample, seed_noise, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
 
 def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "low": low, "high": high}
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -63,11 +68,12 @@ class Config:
                         fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder there (default: script-dataset-variant-seed)")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
     prior: str = flag("realnvp", "p(z), section A.2", fixed=True,
                       choices=("normal", "mog", "realnvp"))
-    mog_components: int = flag(10, "of --prior mog (Table 2's size implies 1000)", fixed=True)
+    mog_components: int = flag(10, "of --prior mog (Table 2's parameter count implies 1000)",
+                               fixed=True)
     block: int = flag(1, "side of the blocks of pixels that have one mixture; 1 is the paper's",
                       fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
@@ -76,15 +82,15 @@ class Config:
     batch_size: int = flag(32, "images a step, all processes together", fixed=True)
     lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
                      fixed=True, low=0)
-    cooldown: float = flag(0.0, "last share of the steps over which the rate falls to zero",
+    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
                            fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in that folder")
-    eval: bool = flag(False, "evaluate the run in that folder, no training")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
     eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
@@ -104,42 +110,44 @@ class Config:
 
     @property
     def variant(self):
-        """What the name of a run's folder says of it."""
+        """The part of the run folder's name that tells of the model."""
         blocks = "-block2" if self.block == 2 else ""
         small = "-small" if self.small else ""
         return f"{self.prior}{blocks}{small}"
 
     def check(self):
-        """UserError for what no model can be made of, before anything is written."""
-        halvings(self.size or 8)
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.size is not None:
+            halvings(self.size)
 
 
 # ---- Building blocks (A.3): weight norm, dense blocks, channel attention -------------------------
 
-def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, double=False):
+def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
     """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)).
 
-    It keeps height and width, divides them by `stride` or, transposed, doubles them. `sd` is that
-    of its output after data_dependent_init.
+    It keeps height and width or divides them by `stride`. A `transposed` one is 3x3 and doubles
+    them. `sd` is the standard deviation of its output after data_dependent_init.
     """
-    if double:
+    if transposed:
         layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
     else:
         layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    # v of a fixed size: PyTorch's shrinks with fan-in, and Adamax then turns w too far.
+    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
+    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
     nn.init.normal_(layer.weight, std=0.05)
     layer.initial_sd = sd
     # One g for each output channel: dimension 1 of a transposed weight.
-    return weight_norm(layer, dim=1 if double else 0)
+    return weight_norm(layer, dim=1 if transposed else 0)
 
 
 @torch.no_grad()
 def data_dependent_init(model, forward):
     """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
 
-    `forward()` pushes one batch through `model`. A layer is set when it is reached, from inputs
-    already set right. All of it is kept in g and b, hence in checkpoints. Convs on pooled 1x1 maps,
-    with one value an image, keep their default.
+    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
+    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
+    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
     """
     def normalise(layer, inputs, output):
         if output.shape[2:] == (1, 1):
@@ -175,17 +183,18 @@ class ChannelAttention(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Dense layers (Huang et al. 2016; bottleneck 4·growth), then channel attention.
+    """Dense layers (Huang et al. 2016), each of which appends `growth` channels to its input.
 
+    A layer is a 1x1 conv to 4·growth channels and a 3x3 conv. Channel attention ends the block.
     (B, C, H, W) -> (B, C + layers·growth, H, W).
     """
 
     def __init__(self, channels, growth, layers):
         super().__init__()
-        # NOTE(paper): "ELUs everywhere" (A.3), so one after each conv. The released code has none
-        # inside a layer, and after it one over all channels so far, old ones again. Same parameters
-        # here, half the memory traffic.
-        # In place: ELU's gradient follows from its output, so its input need not be kept.
+        # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
+        # released code neither has: after each layer one ELU is applied to all channels so far, to
+        # early ones again and again. The parameters are the same, the memory traffic is half.
+        # ELU can work in place, since its gradient can be computed from its output.
         self.layers = nn.ModuleList()
         for _ in range(layers):
             self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
@@ -197,7 +206,7 @@ class DenseBlock(nn.Module):
     def forward(self, h):
         for layer in self.layers:
             new = layer(h)
-            h = h.to(new.dtype)  # else one fp32 image would make all features after it fp32
+            h = h.to(new.dtype)  # cat with the fp32 input would make all later features fp32
             h = torch.cat([h, new], 1)
         return self.attention(h)
 
@@ -211,14 +220,15 @@ def halvings(size):
     """How often `size` halves on the way down to 8; UserError if it is not 8 · 2ⁿ."""
     n = int(math.log2(size / 8)) if size >= 8 else 0
     if size != 8 * 2**n:
-        raise UserError(f"size {size} does not halve down to 8: take 8, 16, 32, 64, 128 …")
+        raise UserError(f"images of side {size} do not halve down to 8: take 8, 16, 32, 64, 128 …")
     return n
 
 
 class Encoder(nn.Sequential):
-    """Dense blocks, stride-2 convs that double the channels between them, then a 1x1 conv.
+    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
 
-    (B, C, size, size) -> (B, c_out, 8, 8).
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with `sd` 0.1, so that q(z|x) starts
+    near N(0, 1).
     """
 
     def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
@@ -234,12 +244,12 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Dense blocks, transposed convs that halve the channels after them, then a conv.
+    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
 
     (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
     """
 
-    def __init__(self, size, growth, layers, c_out, sd=0.1):
+    def __init__(self, size, growth, layers, c_out, sd):
         parts = []
         channels = LATENT[0]
         for doublings_done in range(halvings(size) or 1):  # at size 8: one block, nothing doubled
@@ -247,7 +257,7 @@ class Decoder(nn.Sequential):
             parts.append(block)
             channels = block.channels
             if size > 8:
-                parts += [conv(channels, channels // 2, double=True), nn.ELU(inplace=True)]
+                parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*parts, conv(channels, c_out, sd=sd))
 
@@ -268,7 +278,7 @@ def mixture_network(Network, *sizes, channels, block):
 def gaussian(params):
     """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
 
-    The channels are μ and log σ², clamped to [-7, 7] as released.
+    The first 16 channels are μ, the others log σ², which is clamped to [-7, 7] as released.
     """
     mean, log_var = params.float().chunk(2, 1)
     sd = torch.exp(0.5 * F.hardtanh(log_var, -7, 7))
@@ -292,7 +302,7 @@ class MoGPrior(nn.Module):
 
     def __init__(self, components):
         super().__init__()
-        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # no two alike
+        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # random: not all the same
         self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
 
     def log_prob(self, z):
@@ -301,7 +311,7 @@ class MoGPrior(nn.Module):
         return log_mean_exp(log_p, dim=1)
 
     def from_noise(self, v):
-        """Draws the component m itself: z = μ_m + σ_m·v."""
+        """z = μ_m + σ_m·v; the component m is random too and does not follow from v."""
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
 
@@ -312,7 +322,7 @@ class Coupling(nn.Module):
 
     Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
     so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> v, same shape, and log |det ∂v/∂z| (B,) in nats.
+    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
     """
 
     def __init__(self, mask, channels, net):
@@ -328,28 +338,30 @@ class Coupling(nn.Module):
         return s * (1 - self.mask), t * (1 - self.mask)
 
     def forward(self, z):
-        """z -> v (B, C, H, W) and log |det ∂v/∂z| (B,)."""
+        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
         s, t = self.s_t(z)
         return z * torch.exp(s) + t, s.sum((1, 2, 3))
 
-    def inverse(self, v):
-        """v -> z (B, C, H, W)."""
-        s, t = self.s_t(v)  # those of z: what passed is the same in both
-        return (v - t) * torch.exp(-s)
+    def inverse(self, z_next):
+        """z' -> z (B, C, H, W)."""
+        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        return (z_next - t) * torch.exp(-s)
 
 
 # Copied from realnvp.py: Couplings
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
 
-    z (B, C, H, W) -> v, same shape, and log |det ∂v/∂z| (B,) in nats: determinants multiply, their
-    logarithms add (their Eqs. (10), (11)). make_net() makes the network of a coupling.
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
+    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
+    coupling.
     """
 
-    def __init__(self, mask, count, channels, make_net):
+    def __init__(self, mask, count, channels, side, make_net):
         super().__init__()
         for i in range(count):
-            self.append(Coupling((mask + i) % 2, channels, make_net()))  # odd i: inverted
+            net = make_net(channels, side)
+            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
 
     def forward(self, z):
         log_det = 0.0
@@ -358,11 +370,11 @@ class Couplings(nn.ModuleList):
             log_det = log_det + log_det_i
         return z, log_det
 
-    def inverse(self, v):
-        """(f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (Eq. (12))."""
+    def inverse(self, z):
+        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
         for coupling in reversed(self):
-            v = coupling.inverse(v)
-        return v
+            z = coupling.inverse(z)
+        return z
 
 
 # Copied from realnvp.py: Flow
@@ -384,11 +396,10 @@ class Flow(nn.Module):
         first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
         self.rest = None
         if scales == 1:
-            self.fine = Couplings(checkerboard, 4, channels, lambda: make_net(channels, side))
+            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
         else:
-            self.fine = Couplings(checkerboard, 3, channels, lambda: make_net(channels, side))
-            self.squeezed = Couplings(first_half, 3, 4 * channels,
-                                      lambda: make_net(4 * channels, side // 2))
+            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
+            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
             self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
 
     def forward(self, z):
@@ -409,7 +420,7 @@ class Flow(nn.Module):
         return self.fine.inverse(F.pixel_shuffle(z, 2))
 
 
-class RealNVPPrior(NormalPrior):
+class RealNVPPrior(nn.Module):
     """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
 
     `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
@@ -419,15 +430,16 @@ class RealNVPPrior(NormalPrior):
     def __init__(self, growth, layers):
         super().__init__()
 
-        def make_net(channels, side):
+        def make_net(channels, side):  # the same at every side
             block = DenseBlock(channels, growth, layers)
             return nn.Sequential(block, conv(block.channels, 2 * channels, sd=0.0))  # s = t = 0
 
         self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, make_net=make_net)
 
     def log_prob(self, z):
-        v, log_det = self.flow(z.float())
-        return super().log_prob(v) + log_det
+        v, log_det = self.flow(z)
+        log_p_v = Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3))
+        return log_p_v + log_det
 
     def from_noise(self, v):
         return self.flow.inverse(v)
@@ -436,8 +448,9 @@ class RealNVPPrior(NormalPrior):
 # ---- The model -----------------------------------------------------------------------------------
 
 WIDTHS = {  # (growth, layers) of the dense blocks
-    "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: as released
-    "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),  # larger: ours, with the paper's 32-42 M
+    "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: released widths
+    # Larger images: ours. With the flow 34 M parameters at 64x64; the paper has 32 to 42 M.
+    "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),
     "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(16, 2)),
 }
 
@@ -471,23 +484,23 @@ class VAE(nn.Module):
         """The bound's terms: x (B, C, H, W) -> {"re_x", "kl_z"}, both (B,) in nats.
 
             re_x    -log p(x|z), z ~ q(z|x): the reconstruction error
-            kl_z    log q(z|x) - log p(z)
+            kl_z    log q(z|x) - log p(z), whose mean over z is KL(q(z|x) ‖ p(z))
 
-        Minus their sum stands inside the expectation of Eq. (2.2b). Both are costs, signed as in
-        Table 2, and one-sample estimates: kl_z too, under every prior, as only the normal one has a
-        closed form and the three are to be compared.
+        Minus their sum is one sample of what Eq. (2.1a) averages; with the flow that is Eq. (2.2b).
+        Both are costs, as in Table 2. kl_z is sampled under every prior, so that the three can be
+        compared: only the normal one has a closed form. For one image it may be negative.
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample()
         p_x = Dmol(self.p_x(z), block=self.block)
         return {"re_x": -p_x.log_prob(x), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
-    forward = terms
+    forward = terms  # what torch.compile and DistributedDataParallel call
 
     def elbo(self, x):
         """One-sample estimate of E_q[log p(x|z) - log q(z|x) + log p(z)] ≤ log p(x), Eq. (2.1a).
 
-        x (B, C, H, W) -> (B,) in nats.
+        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, by `terms`.
         """
         return -sum(self.terms(x).values())
 
@@ -500,7 +513,7 @@ class VAE(nn.Module):
         q_z = gaussian(self.q_z(x))
         log_w = []
         for _ in range(samples):
-            z = q_z.rsample()
+            z = q_z.sample()
             log_p = Dmol(self.p_x(z), block=self.block).log_prob(x) + self.p_z.log_prob(z)
             log_w.append(log_p - q_z.log_prob(z))
         return torch.stack(log_w)
@@ -517,7 +530,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x, mean=False):
         """Eq. (3.3b): z ~ q(z|x), x̂ ~ p(x|z) or its mean: (B, C, H, W) -> same."""
-        return self.decode(gaussian(self.q_z(x)).rsample(), mean)
+        return self.decode(gaussian(self.q_z(x)).sample(), mean)
 
     @torch.no_grad()
     def interpolate(self, x1, x2, count=10, mean=False):
@@ -527,7 +540,8 @@ class VAE(nn.Module):
         """
         z1 = gaussian(self.q_z(x1)).mean
         z2 = gaussian(self.q_z(x2)).mean
-        z = torch.stack([torch.lerp(z1, z2, i / (count - 1)) for i in range(count)], 1)
+        shares = [i / max(1, count - 1) for i in range(count)]  # of the way from x1 to x2
+        z = torch.stack([torch.lerp(z1, z2, share) for share in shares], 1)
         return self.decode(z.flatten(0, 1), mean).unflatten(0, (-1, count))
 
     def decode(self, z, mean=False):
@@ -544,16 +558,17 @@ def train(cfg, model, images, folder, checkpoint):
     Without a checkpoint a new run is made in `folder`, else the one in it goes on.
     """
     rank, world = processes()
-    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed, images.augment, world)
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
+                   augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7)  # as released
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7)  # as released, eps too
     if checkpoint is None:
         state = start_run(cfg, folder)
         model.initialize(data.batch(0))
     else:
         state = restore(checkpoint, model, optimizer)
-    bound = parallel(cfg, model)
+    costs = parallel(cfg, model)  # model.terms, for training
     falls_after = start_of_cooldown(cfg, state, total)
 
     rows = []  # the terms of the steps since the last progress line
@@ -562,22 +577,25 @@ def train(cfg, model, images, folder, checkpoint):
         seed_noise(cfg.seed, step, rank)
         x = data.batch(step - 1, rank, world)
         with autocast(cfg):
-            terms = bound(x)
+            terms = costs(x)
         loss = sum(terms.values()).mean()
         optimizer.zero_grad()
         loss.backward()
-        rate = max(cfg.lr * 0.999999**step, min(cfg.lr, 1e-4))
+        floor = min(cfg.lr, 1e-4)
+        rate = max(cfg.lr * 0.999999**step, floor)  # as released
         cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = rate * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
 
-        if step % cfg.log_every == 0 or step == total:
+        validating = step % cfg.eval_every == 0 or step == total
+        if validating or step % cfg.log_every == 0:
             log_training(folder, state, total, rows, data.batch_size, dims)
             rows = []
-        if step % cfg.eval_every == 0 or step == total:
+        if validating:
             validate(cfg, model, images, folder, optimizer, state)
-        # After the validation, so that last.pt knows the best one; rows are logged by now.
+        # Saved after the validation, to hold its score, and only where all steps so far are logged:
+        # a resumed run starts its next line with no rows.
         if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
             save(folder / "last.pt", cfg, model, optimizer, state)
             state["saved"] = time.perf_counter()
@@ -585,10 +603,13 @@ def train(cfg, model, images, folder, checkpoint):
 
 
 def start_of_cooldown(cfg, state, total):
-    """The step after which the learning rate falls to zero, over the last --cooldown of `total`.
+    """The step after which the learning rate falls, to zero at the end of `total` steps.
 
-    UserError for a run in which it has begun to fall towards another last step.
+    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
+    already falls towards another last step.
     """
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     planned = state.get("total", total)
     if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
         raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
@@ -622,21 +643,21 @@ def validate(cfg, model, images, folder, optimizer, state):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate(cfg, model, images, folder, state):
-    """A row of Table 1 or 2, printed and in results.json, and the figures test.png.
+    """Evaluate the model on test images: a row of Table 1 or 2, printed and in results.json.
 
-    Of this checkpoint, on the test images.
+    The figures are called test.png. `state` is that of the model's checkpoint.
     """
     dims = math.prod(images.shape)
     test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    weighted = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         results = {
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
             "test_images": test.count,
-            **importance_weighted(model, weighted, cfg.iw_samples, dims),
-            "re_nats": terms["re_x"],
-            "kl_nats": terms["kl_z"],
+            **importance_weighted(model, iw_test, cfg.iw_samples, dims),
+            "re_nats": terms["re_x"],  # RE and KL of Tables 1 and 2; in selfvae.py
+            "kl_nats": terms["kl_z"],  # each is a sum of several terms
             **terms,
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1),
@@ -651,7 +672,10 @@ def evaluate(cfg, model, images, folder, state):
 
 
 def fid(cfg, model, images):
-    """FID of --fid samples against train and test, Inception Score; {} without the network."""
+    """FID of --fid samples against train and test, and Inception Score.
+
+    {} if Inception's weights cannot be had.
+    """
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
     if inception is None:
         return {}
@@ -660,20 +684,23 @@ def fid(cfg, model, images):
 
 
 def save_figures(cfg, model, images, folder, name):
-    """samples/, 64 of them; reconstructions/, rows x, x̂, x, x̂ …; interpolations/, one a row."""
+    """Grids: 64 samples; reconstructions, rows x, x̂, x, x̂ …; interpolations, each in a row."""
     if cfg.mean:
         name += "-mean"
     if cfg.temperature != 1:
         name += f"-temperature{cfg.temperature:g}"
     x = next(iter(Batches(images, 32, cfg.device, count=32)))
-    line = model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean)
+    rows = model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean)  # (8, 8, C, H, W)
     save_grid(folder / "samples" / f"{name}.png", model.sample(64, cfg.temperature, cfg.mean))
     save_grid(folder / "reconstructions" / f"{name}.png", x, model.reconstruct(x, cfg.mean))
-    save_grid(folder / "interpolations" / f"{name}.png", line.flatten(0, 1))
+    save_grid(folder / "interpolations" / f"{name}.png", rows.flatten(0, 1))
 
 
 def save_grid(path, *images):
-    """PNG of true pixel values, 8 images a row. Sets (B, C, H, W): row 1 of each, then row 2 …"""
+    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
+
+    The first row of each set comes first, then the second of each. An incomplete row is left out.
+    """
     path.parent.mkdir(exist_ok=True)
     columns = min(8, len(images[0]))
     whole = len(images[0]) // columns * columns
@@ -685,48 +712,52 @@ def save_grid(path, *images):
 # Flags, the run's folder and its files, precision, main: nothing of the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # last.pt is saved at the first progress line after so long
+SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells of a wrong flag as of every other mistake."""
+    """Reports a wrong flag as a UserError, which `main` prints as one line."""
 
     def error(self, message):
         raise UserError(message)
 
 
 def parse_flags(argv=None, run=None):
-    """Command line -> Config, each field a flag; UserError for a wrong one.
+    """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run`, the flags of a run that goes on or is evaluated, are the defaults then. To type another
-    value for one that is `fixed` is an error.
+    `run` holds the flags of the run that is resumed or evaluated: they are the defaults here, and a
+    `fixed` one cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
+    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
-        default = argparse.SUPPRESS if f.default is None else f.default  # the help says it
+        default = f.default
+        if run and f.name not in of_this_call:
+            default = run.get(f.name, default)  # a run may be older than the flag
+        if default is None:
+            default = argparse.SUPPRESS  # --help prints no "(default: None)"
         options = {"default": default, "help": f.metadata["help"]}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name}", **options)
-    if run:
-        of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
-        parser.set_defaults(**{name: run[name] for name in run if name not in of_this_call})
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields:
         value = getattr(cfg, f.name)
-        low = f.metadata["low"]
-        high = f.metadata["high"]
+        low, high = f.metadata["range"]
         if f.type in (int, float) and value is not None:
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
                 raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        kept = run.get(f.name, f.default) if run and f.metadata["fixed"] else value
-        if value != kept:
+        kept = run.get(f.name, f.default) if run else value
+        if f.metadata["fixed"] and value != kept:
             raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
+    if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:
+        raise UserError("this run's length is set by --steps, which --epochs does not change")
     return cfg
 
 
@@ -737,25 +768,25 @@ def run_folder(cfg):
 
 
 def start_run(cfg, folder):
-    """Make the folder of a new run, with config.json and an empty log -> its state.
+    """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
-    "best" is the lowest validation score; "start" and "saved" are times of the clock.
+    "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
+    "saved" are readings of the clock: when training began, less pauses, and the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)  # nothing, where there is no git
+                             capture_output=True, text=True)  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
-        config = json.dumps({**dataclasses.asdict(cfg), **made_by}, indent=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | made_by, indent=1))
         (folder / "log.jsonl").write_text("")
-    now = time.perf_counter()
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": now, "saved": now}
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
+            "saved": -math.inf}  # so last.pt is saved at the first progress line
 
 
 def restore(checkpoint, model, optimizer):
-    """Load a checkpoint -> the run's state, its clock set anew."""
+    """Load a checkpoint -> the run's state, with its clock running again."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     now = time.perf_counter()
@@ -772,7 +803,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to go on from") from None
+        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -781,10 +812,11 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0.
+    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
+    require_finite(model, state["step"])
     if processes()[0] == 0:
         aside = path.with_suffix(".tmp")
         torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
@@ -793,14 +825,14 @@ def save(path, cfg, model, optimizer, state):
 
 
 def autocast(cfg):
-    """The networks' precision, --dtype."""
+    """Context in which the networks compute in --dtype."""
     device = torch.device(cfg.device).type
     return torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Inside: no gradients, weights normalised once, noise that follows from --seed alone."""
+    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -825,9 +857,9 @@ def print_header(cfg, folder, model, images):
 
 
 def main(Model, argv=None):
-    """Train and evaluate; with --eval evaluate. -> the exit code.
+    """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    2 for a user's mistake, 1 where a number is not finite, 130 for Ctrl-C.
+    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -836,7 +868,7 @@ def main(Model, argv=None):
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif (folder / "last.pt").exists():
+        elif any(folder.glob("*.pt")):
             raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
                             "--name NAME starts another")
         cfg.check()
@@ -847,12 +879,12 @@ def main(Model, argv=None):
         if not cfg.eval:
             print_header(cfg, folder, model, images)
             train(cfg, model, images, folder, checkpoint)
-            barrier()  # process 0 has written
+            barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
         model.load_state_dict(checkpoint["model"])
         if processes()[0] == 0:
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # one that left would end the others
+        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

@@ -216,7 +216,7 @@ class PlaneFlow(vae.RealNVPPrior):
 
     def __init__(self):
         nn.Module.__init__(self)  # and not that of RealNVPPrior, whose flow is of images
-        self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, mlp)
+        self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, 1, mlp)
 
 
 class TwoLatents(nn.Module):

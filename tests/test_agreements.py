@@ -146,7 +146,7 @@ def replaced(file, before, after):
 
 @pytest.mark.parametrize("before, after, told", [
     ("class Decoder(nn.Sequential):", "class Decoder(nn.Module):", "Decoder differs"),
-    ("Huang et al. 2016; bottleneck", "Huang et al.; bottleneck", "DenseBlock differs"),
+    ("Huang et al. 2016), each", "Huang et al.), each", "DenseBlock differs"),
     ("LATENT = (16, 8, 8)", "LATENT = (16, 4, 4)", "LATENT differs"),
     ("@torch.no_grad()\ndef data_dependent", "def data_dependent", "data_dependent_init differs"),
     ("# Copied from vae.py: DenseBlock\n", "", "neither is marked"),

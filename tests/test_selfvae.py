@@ -403,7 +403,7 @@ def test_too_many_levels_are_refused(size, levels, left):
 
 def test_sizes_that_do_not_halve_to_8_are_refused():
     """48 is 6 times 8, no power of two."""
-    with pytest.raises(UserError, match="size 48 does not halve"):
+    with pytest.raises(UserError, match="side 48 do not halve"):
         SelfVAE(Config(levels=1, small=True), (3, 48, 48))
 
 
