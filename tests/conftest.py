@@ -73,6 +73,24 @@ def run(tiny_data, tmp_path):
     return start
 
 
+def narrow_networks(patch):
+    """--small is narrower still, in every script: as many kinds of layers, fewer numbers.
+
+    `patch` is a MonkeyPatch.
+    """
+    import dcvae
+    import realnvp
+    import selfvae
+    import vae
+    block = (4, 1)
+    patch.setitem(vae.WIDTHS, "small", dict(q_z=block, p_x=block, flow=block))
+    patch.setitem(selfvae.WIDTHS, "vae-small", dict(q_u=block, p_y=block, flow=block))
+    patch.setitem(selfvae.WIDTHS, "small", dict(
+        q_u=block, p_y=block, flow=block, q_z=block, p_z=(block, block), p_x=(block, 8, block)))
+    patch.setitem(realnvp.WIDTHS, "small", (1, 4))
+    patch.setitem(dcvae.WIDTHS, "small", (8, 8))
+
+
 def count(module):
     """Parameters of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -26,6 +26,17 @@ def nothing(*arguments, **options):
     """In place of evaluations and figures."""
 
 
+def short(patch):
+    """Narrow networks, one image timed, no figures: what these tests do not look at."""
+    import common
+    from conftest import SCRIPTS, narrow_networks
+    narrow_networks(patch)
+    patch.setattr(common.seconds_to_sample, "__defaults__", (1,))
+    for script in SCRIPTS:
+        patch.setattr(f"{script}.save_figures", nothing)
+        patch.setattr(f"{script}.draw_curves", nothing)
+
+
 def mean_of(distribution, shape=torch.Size()):
     """In place of a Gaussian's samples."""
     return distribution.loc.expand(distribution._extended_shape(shape))
@@ -101,15 +112,15 @@ def plain(folder):
 def main(lines):
     """-> the largest exit code of the calls, which are printed as a list."""
     import common
-    from conftest import SCRIPTS, call
+    import pytest
+    from conftest import call
     common.join_processes("cpu")
-    common.seconds_to_sample.__defaults__ = (1,)
-    for script in SCRIPTS:
-        importlib.import_module(script).save_figures = nothing
     codes = []
-    for script, flags, gradients in lines:
-        with plain(Path(gradients)) if gradients else contextlib.nullcontext():
-            codes.append(call(script, flags))
+    with pytest.MonkeyPatch.context() as patch:
+        short(patch)
+        for script, flags, gradients in lines:
+            with plain(Path(gradients)) if gradients else contextlib.nullcontext():
+                codes.append(call(script, flags))
     print(codes, flush=True)
     return max(codes)
 

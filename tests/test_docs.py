@@ -18,10 +18,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, ROOT, SCRIPTS, call, flags_for
+from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks
 from exercises import definition, emptied, exercises, lines_of, trees
 from test_agreements import MARK, PAGES, SOURCES, commands
-from test_runs import cut_short
+from test_runs import cut_short, nothing
 
 TEXTS = {page.name: page.read_text() for page in PAGES}
 DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
@@ -543,8 +543,10 @@ def first_runs(tiny_data, tmp_path_factory):
     """A folder with a run of two steps, "first", of each script that a command goes on with."""
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
-        cut_short(patch)
+        narrow_networks(patch)
         for script in sorted({script for script, *_ in CHEAP_GO_ON}):
+            patch.setattr(f"{script}.save_figures", nothing)
+            patch.setattr(f"{script}.evaluate", nothing)
             assert call(script, flags_for(script, tiny_data, folder / script, name="first")) == 0
     return folder
 
@@ -556,6 +558,7 @@ def test_commands_of_the_readme_go_on(line, first_runs, tmp_path, monkeypatch):
     Flags of that run that are not printed follow from its checkpoint.
     """
     cut_short(monkeypatch)
+    narrow_networks(monkeypatch)
     script, *words = line
     shutil.copytree(first_runs / script / "first", tmp_path / "first")
     here = ["--out_dir", str(tmp_path), "--name", "first", "--steps", "3"]
