@@ -328,7 +328,7 @@ def blocks(*runs, data_dir="data"):
         images = load_images(cfg.dataset, data_dir, cfg.size)
         model = selfvae.SelfVAE(cfg, images.shape)
         model.load_state_dict(checkpoint["model"])
-        x = from_uint8(torch.from_numpy(images.test[:8]).movedim(3, 1))
+        x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
         y = model.representations(x)[model.K]
         torch.manual_seed(0)
         draw = model.reconstruct(x, operation="conditional_generate")
