@@ -694,7 +694,8 @@ def mean_terms(model, batches):
             sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
     means = {name: total / batches.count for name, total in sums.items()}
     if not math.isfinite(sum(means.values())):
-        raise FloatingPointError(f"the bound is not finite, {means}; the last checkpoint is kept")
+        raise FloatingPointError(f"the bound is not finite, {means}; "
+                                 "the last checkpoint, if any, is kept")
     return means
 
 
@@ -995,16 +996,16 @@ def mean_over_steps(rows, step):
         if not values.isfinite().all():
             named = dict(zip(rows[0], values.tolist()))
             raise FloatingPointError(f"step {step - len(rows) + 1 + i} is not finite, {named}; "
-                                     "the last checkpoint is kept")
+                                     "the last checkpoint, if any, is kept")
     return dict(zip(rows[0], table.mean(1).tolist()))
 
 
 def require_finite(model, step):
-    """FloatingPointError if a parameter is not: a finite loss can have a gradient that is not."""
+    """FloatingPointError for an inf or nan parameter, as a finite loss may have such a slope."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} is not finite after step {step}; "
-                                     "the last checkpoint is kept")
+                                     "the last checkpoint, if any, is kept")
 
 
 def log_row(folder, state, split, values, dims=None, ending=""):

@@ -22,8 +22,8 @@ the paper: docs/dcvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent
-    score (B,) of an image in D, > 0 for what looks real; D(x) of Eq. (4) is its sigmoid
-    features {layer: (B, d)} of an image in D, the paper's F_D
+    score (B,) of images in D, > 0 for what looks real; D(x) of Eq. (4) is its sigmoid
+    features {layer: (B, d)} of images in D, the paper's F_D
     keys {layer: (B, d)} features of real images in a slow average of D, scaled to length 1
 """
 
@@ -484,7 +484,7 @@ class DCVAE(nn.Module):
         return terms
 
     def discriminator_terms(self, x, where=None, keys=None):
-        """What D minimises, and how it does: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
+        """What D minimises, and how well D does: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
             d_gan                           for gan, with B samples for B reconstructions
@@ -834,7 +834,7 @@ def distances(model, batches, vgg=None):
                "active": (kl > 0.05).sum().item()}
     if not math.isfinite(sum(results.values())):
         raise FloatingPointError(f"the distances are not finite, {results}; "
-                                 "the last checkpoint is kept")
+                                 "the last checkpoint, if any, is kept")
     return results
 
 
@@ -993,7 +993,7 @@ def parse_flags(argv=None, run=None):
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
-    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    # Flags of this call, not of the run. --dtype is the run's: its numbers depend on it.
     of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
         default = f.default
@@ -1033,7 +1033,7 @@ def start_run(cfg, folder):
     """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
-    "saved" are readings of the clock: when training began, less pauses, and the last save.
+    "saved" are times on the clock: when training began, plus all pauses, and of the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1065,7 +1065,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
+        raise UserError(f"there is no {path} to go on from or to evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -1074,7 +1074,7 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
+    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
@@ -1131,8 +1131,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")):
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, "
+                            "--eval evaluates it, --name NAME starts another")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)

@@ -7,7 +7,7 @@ sketch. The model learns to draw y, and then x given y.
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
     bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u]
-                       re_y is -log p of y, and kl_z is log q - log p of z
+                       re_y is -log p of y, and kl_z the KL of q(z|·) against p(z|·)
 
     python selfvae.py --small --steps 2000                   built-in shapes, minutes on a laptop
     python selfvae.py --dataset cifar10 --levels 1 --small   CIFAR-10 on a CPU
@@ -80,8 +80,9 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    block: int = flag(1, "side of the pixel blocks that share a mixture, in p(y_{k+1}|y_k, z_k), "
-                      "for K = 0 in p(x|u); the paper's is 1", fixed=True, choices=(1, 2))
+    block: int = flag(1, "side of the blocks of pixels that have one mixture, in every "
+                      "p(y_{k+1}|y_k, z_k), for K = 0 in p(x|u); 1 is the paper's", fixed=True,
+                      choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -240,8 +241,8 @@ def halvings(size):
 class Encoder(nn.Sequential):
     """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
 
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with `sd` 0.1, so that q(z|x) starts
-    near N(0, 1).
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    0.1, q(z|x) starts near N(0, 1).
     """
 
     def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
@@ -661,9 +662,9 @@ class SelfVAE(nn.Module):
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        # p(y_1|u) keeps one mixture for each pixel. Blocks model neighbours without u: in training
-        # u then stayed unused (KL near 0), and samples showed no objects. For K = 0 the model is
-        # that of vae.py, so there --block holds here too.
+        # p(y_1|u) keeps one mixture for each pixel. With blocks, which model neighbours without u,
+        # u stayed unused in training (KL near 0), and samples showed no objects. With K = 0 the
+        # model is that of vae.py, and --block is for p_y.
         self.block_1 = 1 if self.K else cfg.block
         self.p_y = mixture_network(  # Eq. (3.2c)
             Decoder, size_1, *width["p_y"], channels=channels_1, block=self.block_1)
@@ -874,8 +875,8 @@ class SelfVAE(nn.Module):
         u = line.flatten(0, 1)
         if base:
             u = self.p_u.from_noise(u)
-        x = self.draw_x({"u": u}, len(u), temperature=0.0, mean=mean)
-        return x.unflatten(0, (-1, count))
+        images = self.draw_x({"u": u}, len(u), temperature=0.0, mean=mean)
+        return images.unflatten(0, (-1, count))
 
     @torch.no_grad()
     def vary(self, x, redrawn, n=7, temperature=1.0, mean=False):
@@ -888,8 +889,8 @@ class SelfVAE(nn.Module):
         known, _ = self.infer(x, shared)
         for name in shared:
             known[name] = known[name].repeat_interleave(n, 0)
-        x = self.draw_x(known, n * len(x), temperature, mean)
-        return x.unflatten(0, (-1, n))
+        images = self.draw_x(known, n * len(x), temperature, mean)
+        return images.unflatten(0, (-1, n))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1063,7 +1064,7 @@ def rate(model, x, sent, dims, noise):
                      conditional_generate at K = 1 it is minus the bound on log p(y), Eq. (A.4d)
         psnr         of x̂, a sample, in dB; for generate, which sends nothing, a floor
         psnr_8bit    the same where the latents sent are rounded to 8 bits
-        psnr_mean    the same with the means of p(y|·) and p(x|·)
+        psnr_mean    with the means of p(y|·) and p(x|·), unknown latents drawn anew
     """
     seed_noise(*noise, "infer")
     known, q = model.infer(x, sent)
@@ -1159,7 +1160,7 @@ def save_latent_space(cfg, model, images, folder):
         interpolations/test-v    the same in v, for a flow prior
         variations/test          rows, each an image and 7 that share a u ~ q(u|y_1) with it. In the
                                  first 8 rows all z_k are drawn anew; for K > 1 then come 8 rows
-                                 for each z_k, in which it alone is
+                                 for each k, in which only z_k is drawn anew
     """
     x = next(iter(Batches(images, 8, cfg.device, count=8)))
     spaces = ("u", "v") if cfg.prior == "realnvp" else ("u",)
@@ -1225,7 +1226,7 @@ def parse_flags(argv=None, run=None):
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
-    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    # Flags of this call, not of the run. --dtype is the run's: its numbers depend on it.
     of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
         default = f.default
@@ -1265,7 +1266,7 @@ def start_run(cfg, folder):
     """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
-    "saved" are readings of the clock: when training began, less pauses, and the last save.
+    "saved" are times on the clock: when training began, plus all pauses, and of the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1297,7 +1298,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
+        raise UserError(f"there is no {path} to go on from or to evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -1306,7 +1307,7 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
+    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
@@ -1363,8 +1364,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")):
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, "
+                            "--eval evaluates it, --name NAME starts another")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)

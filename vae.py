@@ -227,8 +227,8 @@ def halvings(size):
 class Encoder(nn.Sequential):
     """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
 
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with `sd` 0.1, so that q(z|x) starts
-    near N(0, 1).
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    0.1, q(z|x) starts near N(0, 1).
     """
 
     def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
@@ -656,8 +656,9 @@ def evaluate(cfg, model, images, folder, state):
             "elbo_bpd": bits_per_dim(sum(terms.values()), dims),
             "test_images": test.count,
             **importance_weighted(model, iw_test, cfg.iw_samples, dims),
-            "re_nats": terms["re_x"],  # RE and KL of Tables 1 and 2; in selfvae.py
-            "kl_nats": terms["kl_z"],  # each is a sum of several terms
+            # RE and KL of Tables 1 and 2. In selfvae.py each is a sum of several terms.
+            "re_nats": terms["re_x"],
+            "kl_nats": terms["kl_z"],
             **terms,
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_1": seconds_to_sample(model, 1),
@@ -731,7 +732,7 @@ def parse_flags(argv=None, run=None):
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(Config)
-    # Where and how a run is called is not the run's. Its precision is: its numbers depend on it.
+    # Flags of this call, not of the run. --dtype is the run's: its numbers depend on it.
     of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
         default = f.default
@@ -771,7 +772,7 @@ def start_run(cfg, folder):
     """Make the folder of a new run, with config.json and an empty log -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
-    "saved" are readings of the clock: when training began, less pauses, and the last save.
+    "saved" are times on the clock: when training began, plus all pauses, and of the last save.
     """
     if processes()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -803,7 +804,7 @@ def load_checkpoint(folder, best):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path}, so no run to resume or evaluate") from None
+        raise UserError(f"there is no {path} to go on from or to evaluate") from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
@@ -812,7 +813,7 @@ def load_checkpoint(folder, best):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0; FloatingPointError if not finite.
+    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
 
     It is written aside and renamed, so `path` is never half a file.
     """
@@ -869,8 +870,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")):
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, "
+                            "--eval evaluates it, --name NAME starts another")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
