@@ -91,6 +91,17 @@ def narrow_networks(patch):
     patch.setitem(dcvae.WIDTHS, "small", (8, 8))
 
 
+def inputs_of(module):
+    """-> a list that gathers what the module is called with."""
+    seen = []
+
+    def note(module, inputs):
+        seen.append(inputs[0])
+
+    module.register_forward_pre_hook(note)
+    return seen
+
+
 def count(module):
     """Parameters of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 import realnvp
 from common import (POINTS, Batches, Images, UserError, bits_per_dim, from_uint8, load_points,
                     log_mean_exp, make_points, mean_terms, quantize, to_uint8)
-from conftest import count, seeded
+from conftest import count, inputs_of, seeded
 from realnvp import ALPHA, Config, Coupling, Couplings, Flow, RealNVP, ResNet, density, scales_for
 
 
@@ -64,17 +64,6 @@ def narrow_flow(channels, side, scales, dtype=torch.float64, sd=0.1):
         return ResNet(channels_in, 8, 1)
 
     return randomize(Flow(channels, side, scales, make_net), sd).to(dtype)
-
-
-def inputs_of(module):
-    """-> a list that gathers what the module is called with."""
-    seen = []
-
-    def note(module, inputs):
-        seen.append(inputs[0])
-
-    module.register_forward_pre_hook(note)
-    return seen
 
 
 def layers(flow, z):

@@ -845,6 +845,13 @@ def test_folder_that_holds_a_run(refused, trained):
     refused("vae", "--resume", name="old", **cheap("vae"))
 
 
+def test_a_game_does_not_shrink(refused, trained):
+    """dcvae.py, which has no cooldown, refuses fewer steps than are done as the others do."""
+    trained("dcvae")
+    flags = cheap("dcvae") | {"steps": 1}
+    refused("dcvae", "so it cannot end at 1", resume=True, name="old", **flags)
+
+
 @pytest.mark.parametrize("how", ["resume", "eval"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nothing_to_go_on_from(refused, script, how):

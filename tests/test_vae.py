@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import vae
 from common import UserError, dmol_log_prob, dmol_sample, from_uint8, log_mean_exp, quantize
-from conftest import count, seeded
+from conftest import count, inputs_of, seeded
 from vae import VAE, Config, Decoder, Encoder, MoGPrior, NormalPrior, RealNVPPrior, gaussian
 
 
@@ -48,17 +48,6 @@ def randomize(module, sd=0.5):
         for p in module.parameters():
             p.normal_(std=sd)
     return module
-
-
-def inputs_of(module):
-    """-> a list that gathers what the module is called with."""
-    seen = []
-
-    def note(module, inputs):
-        seen.append(inputs[0])
-
-    module.register_forward_pre_hook(note)
-    return seen
 
 
 def close_terms(a, b, **tolerance):
