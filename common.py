@@ -560,20 +560,22 @@ class Dmol:
         params, couplings = params.split([of_components, P - of_components], 1)
         params = params.unflatten(1, (1 + 2 * n, mixtures))
         weights, means, log_scales = params.split([1, n, n], 1)
-        self.logits = weights[:, 0]  # (B, M, h, w)
-        self.means = means  # (B, n, M, h, w)
+        # Lists of n, one item for each value of a block: the gradient of an item of a tensor would
+        # be a whole tensor of zeros around it, n times.
+        self.logits = weights.squeeze(1)  # (B, M, h, w)
+        self.means = means.unbind(1)  # n of (B, M, h, w)
         # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats a
         # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
         # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
-        self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, n, M, h, w)
-        # (B, n(n-1)/2, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the mean
+        self.log_scales = (log_scales - 2).clamp(-7, 7).unbind(1)  # n of (B, M, h, w)
+        # n(n-1)/2 of (B, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the mean
         # of a block, the last value of x - shift is minus the sum of the others: coefficients of
         # -1, which no tanh reaches.
         pairs = n * (n - 1) // 2
         if block == 1:
-            self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh()
+            self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh().unbind(1)
         else:
-            self.couplings = couplings.unflatten(1, (pairs, 1))
+            self.couplings = couplings.unflatten(1, (pairs, 1)).unbind(1)
         if shift is None:
             shift = params.new_zeros(1)
         self.shift = F.pixel_unshuffle(shift.expand(B, C, h * block, w * block), block)
@@ -588,13 +590,13 @@ class Dmol:
         nor underflow, however improbable the pixel. An edge bin leaves out the terms of the edge
         that it does not have. (PixelCNN++ needs an approximation for improbable pixels.)
         """
-        x = F.pixel_unshuffle(x.to(self.means.dtype), self.block)  # (B, n, h, w)
+        x = F.pixel_unshuffle(x.to(self.logits.dtype), self.block)  # (B, n, h, w)
         lowest = x < -1 + 1 / 255
         highest = x > 1 - 1 / 255
         rest = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
         log_p = self.logits.log_softmax(1)  # (B, M, h, w)
         for c in range(self.n):
-            inverse_scale = torch.exp(-self.log_scales[:, c])
+            inverse_scale = torch.exp(-self.log_scales[c])
             centred = rest[c] - coupled_mean(self.means, self.couplings, c, rest)
             # log σ(-b), above the lower edge; log σ(a), below the upper; log(1 - e^(b-a)).
             log_above = -F.softplus((centred - 1 / 255) * inverse_scale)
@@ -609,12 +611,12 @@ class Dmol:
     def sample(self):
         """x ~ p(x) -> (B, C, H, W), on the grid."""
         chosen = Categorical(logits=self.logits.movedim(1, -1), validate_args=False).sample()
-        chosen = chosen[:, None, None]  # (B, 1, 1, h, w)
-        means = self.means.take_along_dim(chosen, 2)  # (B, n, 1, h, w): of one component
-        scales = self.log_scales.take_along_dim(chosen, 2).exp()
+        chosen = chosen.unsqueeze(1)  # (B, 1, h, w)
+        means = [mean.take_along_dim(chosen, 1) for mean in self.means]  # of one component
+        log_scales = [log_scale.take_along_dim(chosen, 1) for log_scale in self.log_scales]
         couplings = self.couplings
         if self.block == 1:
-            couplings = couplings.take_along_dim(chosen, 2)
+            couplings = [coupling.take_along_dim(chosen, 1) for coupling in couplings]
         x = []
         rest = []
         for c in range(self.n):
@@ -622,7 +624,7 @@ class Dmol:
             noise = torch.logit(torch.rand_like(mean), eps=2**-25)  # logistic; rand can be 0
             shift = self.shift[:, c:c + 1]
             # Rounded here: the next is conditioned on the value that this one will have.
-            x.append(quantize(mean + scales[:, c] * noise + shift))
+            x.append(quantize(mean + log_scales[c].exp() * noise + shift))
             rest.append(x[c] - shift)
         return F.pixel_shuffle(torch.cat(x, 1), self.block)
 
@@ -647,12 +649,12 @@ class Dmol:
 def coupled_mean(means, couplings, c, rest):
     """μ_mc, the components' means of value c of a block given the values before it.
 
-    means (B, n, M, h, w), couplings (B, n(n-1)/2, M or 1, h, w), rest: n of (B, M or 1, h, w).
+    means: n of (B, M, h, w), couplings: n(n-1)/2 of (B, M or 1, h, w), rest: n of the same.
     """
-    mean = means[:, c]
+    mean = means[c]
     for j in range(c):
         pair = c * (c - 1) // 2 + j
-        mean = mean + couplings[:, pair] * rest[j]
+        mean = mean + couplings[pair] * rest[j]
     return mean
 
 
