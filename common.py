@@ -568,9 +568,9 @@ class Dmol:
         # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
         # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
         self.log_scales = (log_scales - 2).clamp(-7, 7).unbind(1)  # n of (B, M, h, w)
-        # n(n-1)/2 of (B, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the mean
-        # of a block, the last value of x - shift is minus the sum of the others: coefficients of
-        # -1, which no tanh reaches.
+        # n(n-1)/2 of (B, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the
+        # mean of a block, the last value of x - shift is minus the sum of the others: coefficients
+        # of -1, which no tanh reaches.
         pairs = n * (n - 1) // 2
         if block == 1:
             self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh().unbind(1)

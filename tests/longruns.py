@@ -1,0 +1,154 @@
+"""The runs behind docs/results.md, each a plain command line. Not collected by pytest.
+
+    python tests/longruns.py            run what is not finished, two at a time, one thread each, at
+                                        low priority; what was interrupted goes on where it was
+    python tests/longruns.py list       what is done, and how long the rest takes
+    python tests/longruns.py table      the rows of docs/results.md, from docs/logs
+    python tests/longruns.py keep       copy the logs and results of finished runs to docs/logs
+
+`run`, `list` and `keep` take parts of names, and leave out all other runs: `… run imagenette`.
+Budgets are steps, so everybody gets the same run; `MINUTES` of one core are what they took on an
+AMD EPYC with AVX512-BF16 and torch 2.12. On a GPU take `--dtype auto` and `WORKERS` = 1.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
+LOGS = ROOT / "docs" / "logs"
+WORKERS = 2
+
+SMALL = "--small --dtype bf16 --log_every 250"
+CIFAR10 = f"{SMALL} --cooldown 0.2 --dataset cifar10 --batch_size 16 --eval_every 2500 " \
+          "--eval_images 10000 --iw_images 200 --iw_samples 16"
+IMAGENETTE = f"{SMALL} --cooldown 0.2 --dataset imagenette --batch_size 8 --eval_every 2500 " \
+             "--eval_images 2000 --iw_images 100 --iw_samples 16"
+# 15 minutes at 32x32, 45 at 64x64: in equal time the VAE makes 1.45 and 1.75 times the steps.
+COMMANDS = {
+    "cifar10-vae-block1-s0": f"vae.py --steps 8000 {CIFAR10}",
+    "cifar10-vae-block2-s0": f"vae.py --block 2 --steps 8000 {CIFAR10}",
+    "cifar10-K1-block1-s0": f"selfvae.py --levels 1 --lr 6e-3 --steps 5500 {CIFAR10}",
+    "cifar10-K1-block2-s0": f"selfvae.py --levels 1 --lr 6e-3 --block 2 --steps 5500 {CIFAR10}",
+    "imagenette-K2-block2-s0":
+        f"selfvae.py --levels 2 --lr 6e-3 --block 2 --steps 10000 {IMAGENETTE}",
+    "imagenette-vae-block1-s0": f"vae.py --steps 17500 {IMAGENETTE}",
+    "imagenette-K2-block2-s1":
+        f"selfvae.py --levels 2 --lr 6e-3 --block 2 --steps 10000 --seed 1 {IMAGENETTE}",
+    "imagenette-vae-block1-s1": f"vae.py --steps 17500 --seed 1 {IMAGENETTE}",
+    "imagenette-K2-block1-s0":
+        f"selfvae.py --levels 2 --lr 6e-3 --steps 10000 {IMAGENETTE}",
+    "imagenette-vae-block2-s0": f"vae.py --block 2 --steps 17500 {IMAGENETTE}",
+}
+
+
+def run(name):
+    """Run a command line to its end, unless its results are there; add the core's time to it."""
+    folder = RUNS / name
+    if (folder / "results.json").exists():
+        return
+    command = [sys.executable, *COMMANDS[name].split(), "--name", name]
+    if (folder / "last.pt").exists():
+        command.append("--resume")
+    print(" ".join(command[1:]), flush=True)
+    RUNS.mkdir(exist_ok=True)
+    with open(RUNS / f"{name}.txt", "a") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   preexec_fn=lambda: os.nice(10))
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        print(f"{name} ended with {process.returncode}: see {output.name}", flush=True)
+    if not folder.exists():
+        return
+    used = folder / "core_seconds.txt"
+    before = float(used.read_text()) if used.exists() else 0
+    used.write_text(f"{before + usage.ru_utime + usage.ru_stime:.0f}\n")
+
+
+def rows_of(path):
+    """The rows of a log.jsonl, none if there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def progress(name):
+    """One line: done, or at which step of how many, and how many minutes are left at this rate."""
+    folder = RUNS / name
+    if (folder / "results.json").exists():
+        return f"{name:34} done"
+    words = COMMANDS[name].split()
+    total = int(words[words.index("--steps") + 1])
+    rows = rows_of(folder / "log.jsonl")
+    if not rows:
+        return f"{name:34} not begun, {total} steps"
+    step = rows[-1]["step"]
+    left = rows[-1]["seconds"] * (total - step) / step / 60
+    return f"{name:34} step {step} of {total}, {left:.0f} minutes left"
+
+
+def keep(name):
+    """Copy what docs/results.md is made of: the log, the results, the core's time, the command."""
+    folder = RUNS / name
+    if not (folder / "results.json").exists():
+        return
+    results = json.loads((folder / "results.json").read_text())
+    used = folder / "core_seconds.txt"
+    if used.exists():
+        results["core_minutes"] = float(used.read_text()) / 60
+    results["command"] = f"python {COMMANDS[name]} --name {name}"
+    (LOGS / f"{name}-results.json").write_text(json.dumps(results, indent=1) + "\n")
+    shutil.copy(folder / "log.jsonl", LOGS / f"{name}-log.jsonl")
+    print(f"kept {name}")
+
+
+def row(name):
+    """A row of docs/results.md: what the run's results and its last validation say."""
+    results = json.loads((LOGS / f"{name}-results.json").read_text())
+    validations = []
+    for logged in rows_of(LOGS / f"{name}-log.jsonl"):
+        if logged["split"] == "valid":
+            validations.append(logged["bpd"])
+    return (f"| {name} | {results['step']:,} | {min(validations):.3f} | {results['elbo_bpd']:.3f} "
+            f"| {results['iw_bpd']:.3f} ± {results['iw_bpd_se']:.3f} "
+            f"| {results['iw_elbo_bpd']:.3f} | {results['re_nats']:,.0f} "
+            f"| {results['kl_nats']:,.0f} | {results['parameters']:,} "
+            f"| {results.get('core_minutes', math.nan):.0f} |")
+
+
+def main(action="run", *parts):
+    """Do what the first word says, with the runs whose names have one of `parts`."""
+    names = []
+    for name in COMMANDS:
+        if not parts or any(part in name for part in parts):
+            names.append(name)
+    if action == "run":
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(run, names))
+    elif action == "list":
+        for name in names:
+            print(progress(name))
+    elif action == "keep":
+        for name in names:
+            keep(name)
+    elif action == "table":
+        print("| run | steps | validation bpd | ELBO bpd | IW-16 bpd ± se | ELBO bpd, same images "
+              "| RE | KL | parameters | minutes of a core |")
+        print("|---" * 10 + "|")
+        for name in names:
+            if (LOGS / f"{name}-results.json").exists():
+                print(row(name))
+    else:
+        sys.exit("python tests/longruns.py run, list, table or keep")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
