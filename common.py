@@ -9,6 +9,7 @@ Images on disk are uint8 (N, H, W, C). Images in a model are float32 (B, C, H, W
 """
 
 import atexit
+import functools
 import json
 import math
 import os
@@ -164,26 +165,62 @@ def _open(path, kind, count=None):
 def _store(folder, splits):
     """Write {split: (count, images, labels or None)} as .npy files, whole or not at all.
 
-    They are written aside and renamed at the end.
+    They are written aside and renamed at the end. `images` need only answer images[i]. An
+    interrupted call leaves what it has made, and the next one goes on from there.
     """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         for split, (count, images, labels) in splits.items():
-            array = None
-            for i, image in enumerate(images):
-                if array is None:
-                    shape = (count, *image.shape)
-                    path = partial / f"{split}.npy"
-                    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-                array[i] = image
-            array.flush()
+            _store_images(partial, split, count, images)
             if labels is not None:
                 np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
-        os.replace(partial, folder)
+    except UserError:  # the images are to be mended: they will be others
+        shutil.rmtree(partial)
+        raise
+    for note in partial.glob("*.done"):
+        note.unlink()
+    os.replace(partial, folder)
+
+
+def _store_images(folder, split, count, images):
+    """Write images[0], …, images[count - 1] to {split}.npy; {split}.done says how many are there.
+
+    Every half minute that number is noted, and printed with the time that is left.
+    """
+    path = folder / f"{split}.npy"
+    note = folder / f"{split}.done"
+    first = int(note.read_text()) if note.exists() else 0
+    if first:
+        array = np.lib.format.open_memmap(path, "r+")
+    else:
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, (count, *images[0].shape))
+    began = time.perf_counter()
+    noted = began
+    done = first
+    try:
+        while done < count:
+            array[done] = images[done]
+            done += 1
+            now = time.perf_counter()
+            if now > noted + 30:
+                note.write_text(str(done))
+                noted = now
+                left = (now - began) / (done - first) * (count - done)
+                print(f"{done:,} of {count:,} {split} images, {clock(left)} left", flush=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        array.flush()
+        note.write_text(str(done))
+
+
+class Made:
+    """A sequence whose items are made by `make(i)` when they are asked for."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, i):
+        return self.make(i)
 
 
 def _square(image, size):
@@ -194,12 +231,22 @@ def _square(image, size):
 
 
 def _resized(array, size):
-    """(N, H, W) or (N, H, W, C) uint8 -> iterator of (size, size, C); the right size is kept."""
-    for image in array:
-        if image.shape[0] == size:
-            yield image.reshape(size, size, -1)
-        else:
-            yield _square(TF.to_pil_image(image), size)
+    """(N, H, W) or (N, H, W, C) uint8 -> images (size, size, C); the right size is kept."""
+    def image(i):
+        if array.shape[1] == size:
+            return array[i].reshape(size, size, -1)
+        return _square(TF.to_pil_image(array[i]), size)
+
+    return Made(image)
+
+
+def _cropped(data, size, *box):
+    """A torchvision dataset -> images (size, size, 3), of the box (top, left, height, width)."""
+    def image(i):
+        picture, _ = data[i]
+        return _square(TF.crop(picture, *box) if box else picture, size)
+
+    return Made(image)
 
 
 def _download(dataset, **arguments):
@@ -253,9 +300,8 @@ def _imagenette_splits(data_dir, size):
             data = torchvision.datasets.Imagenette(root, split=part, size="160px")
         else:
             data = _download(torchvision.datasets.Imagenette, root=root, split=part, size="160px")
-        images = (_square(image, size) for image, _ in data)
         labels = [label for _, label in data._samples]
-        splits[split] = len(data), images, labels
+        splits[split] = len(data), _cropped(data, size), labels
     return splits
 
 
@@ -272,9 +318,34 @@ def _celeba_splits(data_dir, size):
             raise UserError(
                 f"{error}. By hand: put the five list_*.txt and identity_CelebA.txt of its page, "
                 f"and img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}") from None
-        images = (_square(TF.crop(image, 40, 15, 148, 148), size) for image, _ in data)
-        splits[split] = len(data), images, data.attr
+        splits[split] = len(data), _cropped(data, size, 40, 15, 148, 148), data.attr
     return splits
+
+
+def _celebahq_splits(data_dir, size):
+    """Of {data_dir}/celebahq's 30,000 images the last 1,000 by name are test (DC-VAE, Table 8).
+
+    The paper does not say which 1,000. Of another number it is one in 30.
+    """
+    paths = _images_of(data_dir / "celebahq", "CelebA-HQ: the 30,000 images")
+    n_test = max(1, len(paths) // 30)
+    return {"train": (len(paths) - n_test, _squares(paths[:-n_test], size), None),
+            "test": (n_test, _squares(paths[-n_test:], size), None)}
+
+
+def _lsun_splits(data_dir, size):
+    """Bedrooms in {data_dir}/lsun; every tenth is test."""
+    folder = data_dir / "lsun"
+    _images_of(folder, "LSUN: the bedrooms, exported from its lmdb as JPEG files,")
+    return _folder_splits(folder, size)
+
+
+def _images_of(folder, what):
+    """The files of a dataset that nobody may pass on. UserError that says what belongs there."""
+    paths = _image_files(folder)
+    if len(paths) < 10:
+        raise UserError(f"{what} belong into {folder}, which holds {len(paths)} images")
+    return paths
 
 
 def _read(path):
@@ -326,9 +397,8 @@ def _folder_splits(folder, size):
 
 
 def _squares(paths, size):
-    """Image files -> iterator of (size, size, 3) uint8."""
-    for path in paths:
-        yield _square(_read(path), size)
+    """Image files -> images (size, size, 3) uint8."""
+    return Made(lambda i: _square(_read(paths[i]), size))
 
 
 COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90],
@@ -386,6 +456,8 @@ DATASETS = {  # name: side in pixels, function that makes {split: (count, images
     "stl10": (32, _stl10_splits),
     "imagenette": (64, _imagenette_splits),
     "celeba": (64, _celeba_splits),
+    "celebahq": (256, _celebahq_splits),
+    "lsun": (128, _lsun_splits),
 }
 
 POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
@@ -863,22 +935,61 @@ def _pool_by_mean_inside(block, inputs, output):
 
 
 class VGGFeatures(nn.Module):
-    """ReLU 4_3 of VGG-16 (Johnson et al. 2016), from torchvision's state dict.
+    """Features of VGG-16, from torchvision's state dict; by default ReLU 4_3 (Johnson et al. 2016).
 
-    (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8).
+    (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8). Others by their `index` in the network.
     """
 
-    def __init__(self, weights_path):
+    def __init__(self, weights_path, index=22):
         super().__init__()
         with torch.device("meta"):
             net = torchvision.models.vgg16()
-        self.net = _load(net, weights_path).features[:23]
+        self.net = _load(net, weights_path).features[:index + 1]
 
     def forward(self, x):
+        return self.layers(x)[-1]
+
+    def layers(self, x):
+        """The output of every layer, a list."""
         x = (x.float().expand(-1, 3, -1, -1) + 1) / 2
-        x = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        h = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        outputs = []
         with torch.autocast(x.device.type, enabled=False):
-            return self.net(x)
+            for layer in self.net:
+                h = layer(h)
+                outputs.append(h)
+        return outputs
+
+
+class LPIPS(nn.Module):
+    """The distance of Zhang et al. 2018 in VGG-16: two (B, C, H, W) in [-1, 1] -> (B,).
+
+    Squared differences of features of length 1 at ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3, weighted by
+    channel, averaged over pixels, added up. `lpips_path` holds the weights: vgg.pth of the package
+    lpips. UserError if it holds others.
+    """
+
+    RELUS = (3, 8, 15, 22, 29)
+
+    def __init__(self, weights_path, lpips_path):
+        super().__init__()
+        self.vgg = VGGFeatures(weights_path, self.RELUS[-1])
+        try:
+            state = torch.load(lpips_path, map_location="cpu", weights_only=True)
+            # (1, channels, 1, 1) each
+            self.weights = [state[f"lin{i}.model.1.weight"] for i in range(5)]
+        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{lpips_path} holds no weights of LPIPS: {error!r}") from None
+
+    def forward(self, x, y):
+        of_x = self.vgg.layers(x)
+        of_y = self.vgg.layers(y)
+        distance = 0
+        for relu, weight in zip(self.RELUS, self.weights):
+            difference = F.normalize(of_x[relu], dim=1) - F.normalize(of_y[relu], dim=1)
+            weighted = weight.to(x.device) * difference.square()
+            distance = distance + weighted.sum(1).mean((1, 2))
+        return distance
 
 
 def load_network(Network, url, metric, device):
@@ -896,6 +1007,59 @@ def load_network(Network, url, metric, device):
 def perceptual_distance(vgg, x, y):
     """Mean squared difference of VGGFeatures (DC-VAE paper, A.7): two (B, C, H, W) -> (B,)."""
     return (vgg(x) - vgg(y)).square().mean((1, 2, 3))
+
+
+def slerp(z1, z2, t):
+    """Points of the arcs from z1 to z2 (N, L) at t (N, 1): near an arc's ends a Gaussian's length.
+
+    A straight line between two draws of N(0, 1) comes nearer to 0 than draws do.
+    """
+    cosine = F.cosine_similarity(z1, z2, dim=1).clamp(-1, 1).unsqueeze(1)
+    angle = cosine.acos()
+    return (torch.sin((1 - t) * angle) * z1 + torch.sin(t * angle) * z2) / torch.sin(angle)
+
+
+@torch.no_grad()
+def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=1e-4):
+    """Perceptual path length (Karras et al. 2019): how fast images change as codes move, a number.
+
+    The mean of distance(G(z_t), G(z_{t+ε})) / ε², z_t at a random share t of the path `between` two
+    draws of N(0, 1), in `distance`'s unit. Of all `pairs` the lowest and the highest 1 % are left
+    out. Images of more than 256 pixels a side are averaged down. Everything in fp32: differences
+    of 10⁻⁴ vanish in bf16.
+    """
+    lengths = []
+    for start in range(0, pairs, 50):
+        count = min(50, pairs - start)
+        z1 = torch.randn(count, latent, device=device)
+        z2 = torch.randn(count, latent, device=device)
+        t = torch.rand(count, 1, device=device)
+        with torch.autocast(z1.device.type, enabled=False):
+            x = decode(between(z1, z2, t))
+            y = decode(between(z1, z2, t + epsilon))
+            if x.shape[-1] > 256:
+                x = F.avg_pool2d(x, x.shape[-1] // 256)
+                y = F.avg_pool2d(y, y.shape[-1] // 256)
+            lengths.append(distance(x, y) / epsilon**2)
+    lengths = torch.cat(lengths)
+    lowest, highest = lengths.quantile(lengths.new_tensor([0.01, 0.99]))
+    return lengths[(lengths >= lowest) & (lengths <= highest)].mean().item()
+
+
+def path_length_metrics(decode, latent, pairs, device, lpips_path=None):
+    """The path length of a decoder and the distance that it is in: a dict, empty without networks.
+
+    LPIPS with its weights at `lpips_path`, else `perceptual_distance`: another unit.
+    """
+    def lpips(vgg_path):
+        return LPIPS(vgg_path, lpips_path)
+
+    network = load_network(lpips if lpips_path else VGGFeatures, VGG_URL, "path length", device)
+    if network is None:
+        return {}
+    distance = network if lpips_path else functools.partial(perceptual_distance, network)
+    return {"path_length": path_length(decode, distance, latent, pairs, device),
+            "path_length_pairs": pairs, "path_length_in": "LPIPS" if lpips_path else "VGG ReLU 4_3"}
 
 
 def feature_statistics(inception, batches):

@@ -51,11 +51,11 @@ from torch.nn.utils.parametrize import cached
 from torchvision.utils import save_image
 
 from common import (
-    INCEPTION_URL, VGG_URL, Batches, InceptionFeatures, UserError, VGGFeatures, barrier,
-    choose_device, draw_curves, feature_statistics, gather_batch, inception_metrics, linear_probe,
-    load_images, load_network, log_row, log_training, perceptual_distance, pixel_distance,
-    processes, quantize, reference_statistics, require_finite, sample_batches, seconds_to_sample,
-    seed_noise, to_uint8, write_results)
+    DATASETS, INCEPTION_URL, VGG_URL, Batches, InceptionFeatures, UserError, VGGFeatures,
+    barrier, choose_device, draw_curves, feature_statistics, gather_batch, inception_metrics,
+    linear_probe, load_images, load_network, log_row, log_training, path_length_metrics,
+    perceptual_distance, pixel_distance, processes, quantize, reference_statistics, require_finite,
+    sample_batches, seconds_to_sample, seed_noise, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -65,6 +65,14 @@ def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGAN's
+    "autogan": {"latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False, "gan": "hinge",
+                "contrast_layers": "b1,final"},
+    "progan": {"latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True, "gan": "wgan",
+               "contrast_layers": "b8,final"},
+}
 
 
 # Changed from vae.py: four losses, the discriminator's game, the contrast
@@ -80,31 +88,42 @@ class Config:
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, 8 · n (default: the dataset's)", fixed=True)
+    size: int = flag(None, "side of the images, 8 · n, progan 4 · 2ⁿ (default: the dataset's)",
+                     fixed=True)
+    backbone: str = flag(None, "of networks (default: autogan below 64 pixels, else progan)",
+                         fixed=True, choices=("autogan", "progan"))
     loss: str = flag("dcvae", "the four models of Table 1", fixed=True,
                      choices=("vae", "vaegan", "contrastive", "dcvae"))
-    latent: int = flag(128, "L, dimensions of z", fixed=True)
+    latent: int = flag(None, "L, dimensions of z (default 128, progan 512)", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(800, "passes over the training images; with a gan, encoder and decoder "
                        "learn from 1 batch in --d_steps")
     steps: int = flag(None, "training steps, each with one update of encoder and decoder "
                       "(overrides --epochs)")
     # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
-    batch_size: int = flag(64, "images an update, all processes together", fixed=True)
-    d_steps: int = flag(5, "updates of D a step, each on its own batch (--loss contrastive always "
-                        "has 1)", fixed=True)
-    lr: float = flag(2e-4, "Adam's learning rate, constant", fixed=True, low=0)
+    batch_size: int = flag(None, "images an update, all processes together; more where progan has "
+                           "not grown yet (default 64, progan 2048/size)", fixed=True)
+    d_steps: int = flag(None, "updates of D a step, each on its own batch (default 5, progan and "
+                        "--loss contrastive 1)", fixed=True)
+    lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
+                     fixed=True, low=0)
+    grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
+    phase_steps: int = flag(None, "progan: steps that a side is trained before the next one, and "
+                            "that it takes to fade in (default: half of all steps for all of "
+                            "them)", fixed=True)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
                             fixed=True, low=0)
-    gan: str = flag("hinge", "set-level loss: hinge, as released, or log, as in Eq. (4)",
-                    fixed=True, choices=("hinge", "log"))
+    gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
+                    "ProGAN's gradient penalty (default hinge, progan wgan)",
+                    fixed=True, choices=("hinge", "log", "wgan"))
     negatives: int = flag(8096, "K, the other images that x is told from in the contrast",
                           fixed=True)
     temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
     momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
                            fixed=True, low=0, high=1)
-    contrast_layers: str = flag("b1,final", "where the contrast is taken: blocks b1 … b4 and "
-                                "final, the last features", fixed=True)
+    contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan's 8x8 "
+                                "map b8, and final, the last features (default b1,final, progan "
+                                "b8,final)", fixed=True)
     patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
                             fixed=True, low=0)
     ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
@@ -121,12 +140,24 @@ class Config:
     eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
     fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
                     "then has the lowest validation FID (default: none)")
+    path_length: int = flag(None, "pairs of codes for the perceptual path length, often 100000 "
+                            "(default: none)")
+    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS "
+                              "(default: in ReLU 4_3 of VGG-16)")
     clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
     draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
     label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
     label_value: int = flag(None, "editing: the label that is added (default: the largest)", low=0)
 
     def __post_init__(self):
+        size = self.size or DATASETS.get(self.dataset, (64,))[0]
+        if self.backbone is None:
+            self.backbone = "autogan" if size < 64 else "progan"
+        if self.batch_size is None:
+            self.batch_size = 64 if self.backbone == "autogan" else max(4, 2048 // size)
+        for name, value in DEFAULTS[self.backbone].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.eval_images is None and self.small:
             self.eval_images = 500
         if self.kl_weight is None:
@@ -140,12 +171,20 @@ class Config:
     def variant(self):
         """The part of the run folder's name that tells of the model."""
         variant = f"{self.loss}-z{self.latent}"
+        if self.backbone == "progan":
+            variant = f"progan-{variant}"
         return f"{variant}-small" if self.small else variant
 
     def check(self):
         """Raise UserError for flags of which no model can be made, before anything is written."""
-        if self.size is not None:
+        if self.size is not None and self.backbone == "autogan":
             start_side(self.size)
+        if self.size is not None and self.backbone == "progan":
+            feature_maps(self, self.size)
+        if self.grow and self.backbone == "autogan":
+            raise UserError("--grow is for --backbone progan")
+        if self.patch_after is not None and self.backbone == "progan":
+            raise UserError("--patch_after is for --backbone autogan")
         parse_layers(self)
 
 
@@ -323,6 +362,231 @@ class Discriminator(nn.Module):
         return self.score(features["final"]).squeeze(1).float(), features
 
 
+# ---- The other backbone, for 64 pixels and more: Progressive GAN (Karras et al. 2018) ------------
+
+FIRST_SIDE = 8  # of growing networks: the contrast needs the 8x8 map. NOTE(paper): it begins at 4.
+
+
+MAPS = {"full": (512, 32), "small": (64, 16)}  # so many feature maps up to this side, then halved
+
+
+def feature_maps(cfg, size):
+    """Feature maps at the sides 4, 8, …, `size`. UserError if that is not 4 · 2ⁿ from 16 on."""
+    most, side = MAPS["small" if cfg.small else "full"]
+    maps = [most]
+    while 4 * 2**len(maps) <= size:
+        maps.append(min(most, most * side // (4 * 2**len(maps))))
+    if size < 16 or size != 2 * 2**len(maps):
+        raise UserError(f"--backbone progan makes images of 16, 32, 64 … pixels a side, not {size}")
+    return maps
+
+
+def growth(cfg, size, step):
+    """What step 1, 2, … trains -> the side, and α in (0, 1], the share of its newest layers.
+
+    With P = --phase_steps: P steps at 8x8, P in which the layers of 16x16 fade in, P at 16x16, …
+    and all that are left at `size`. It depends on the step alone, so a run is resumed exactly.
+    NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
+    """
+    if not cfg.grow:
+        return size, 1.0
+    phase, position = divmod(step - 1, cfg.phase_steps)
+    side = FIRST_SIDE * 2**((phase + 1) // 2)
+    if side > size:
+        return size, 1.0
+    fading = phase % 2 == 1
+    return side, (position + 1) / cfg.phase_steps if fading else 1.0
+
+
+def at_side(x, side, alpha):
+    """Images (B, C, H, W) averaged down to `side`; their finest details fade in as layers do.
+
+    Otherwise D could tell real images by their sharpness, as soon as a side is new.
+    """
+    if side < x.shape[-1]:
+        x = F.avg_pool2d(x, x.shape[-1] // side)
+    if alpha < 1:
+        x = torch.lerp(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x, alpha)
+    return x
+
+
+class ScaledConv(nn.Conv2d):
+    """A conv whose weights are kept at N(0, 1), and multiplied by gain / √fan_in where it is used.
+
+    So one rate of Adam, whose steps are of one size, is the same relative change in every layer.
+    """
+
+    def __init__(self, c_in, c_out, kernel, padding=0, gain=math.sqrt(2)):
+        super().__init__(c_in, c_out, kernel, padding=padding)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.scale = gain / math.sqrt(c_in * kernel**2)
+
+    def forward(self, h):
+        return self._conv_forward(h, self.weight * self.scale, self.bias)
+
+
+class PixelNorm(nn.Module):
+    """Each pixel's features divided by their root mean square: (B, C, H, W) -> same."""
+
+    def forward(self, h):
+        return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)
+
+
+def minibatch_deviation(h):
+    """How much images differ: h (B, C, H, W) gets one map more, constant over each group of 4.
+
+    Its value is the standard deviation over the group, averaged over maps and pixels: samples that
+    are all alike have a small one. Groups are of neighbours, so that real images and fakes of one
+    pass are not mixed.
+    """
+    group = math.gcd(4, len(h))
+    deviation = h.float().unflatten(0, (-1, group)).var(1, correction=0).add(1e-8).sqrt()
+    values = deviation.mean((1, 2, 3)).repeat_interleave(group)  # (B,)
+    maps = values.to(h.dtype)[:, None, None, None].expand(-1, 1, *h.shape[2:])
+    return torch.cat([h, maps], 1)
+
+
+class Growing(nn.Module):
+    """Networks with a layer for each side, of which those up to `side` are used, the newest by α.
+
+    What is blended with them, by 1 - α, is the network without these layers.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.side = size
+        self.register_buffer("alpha", torch.ones(()), persistent=False)
+
+    @property
+    def level(self):
+        """How many doublings of 4x4 are in use."""
+        return self.side.bit_length() - 3
+
+    def blend(self, smaller, h):
+        """The network without its newest layers, and with them -> what it gives."""
+        alpha = self.alpha.to(h.dtype)
+        return (1 - alpha) * smaller + alpha * h
+
+
+class GrowingDecoder(Growing):
+    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, without a bound.
+
+    The averaged decoder, which is in eval mode, enlarges its images to `size`.
+    """
+
+    def __init__(self, latent, channels, maps):
+        super().__init__(2 * 2**len(maps))
+        self.blocks = nn.ModuleList([nn.Sequential(
+            # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something
+            # to q(z|x), and to the KL.
+            ScaledConv(latent, maps[0], 4, padding=3), nn.LeakyReLU(0.2), PixelNorm(),  # 1x1 to 4x4
+            ScaledConv(maps[0], maps[0], 3, padding=1), nn.LeakyReLU(0.2), PixelNorm())])
+        for c_in, c_out in zip(maps, maps[1:]):
+            self.blocks.append(nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                ScaledConv(c_in, c_out, 3, padding=1), nn.LeakyReLU(0.2), PixelNorm(),
+                ScaledConv(c_out, c_out, 3, padding=1), nn.LeakyReLU(0.2), PixelNorm()))
+        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, gain=1) for c in maps])
+
+    def forward(self, z):
+        h = z[:, :, None, None]
+        for block in self.blocks[:self.level]:
+            h = block(h)
+        smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
+        h = self.blocks[self.level](h)
+        x = self.blend(smaller, self.to_image[self.level](h).float())
+        if not self.training:
+            x = F.interpolate(x, size=self.size)
+        return x
+
+
+class GrowingBody(Growing):
+    """ProGAN's discriminator down to 4x4: image (B, C, side, side) -> 8x8 map, 4x4 map.
+
+    Both have as many features as `maps` says. Larger images are averaged down to `side`.
+    """
+
+    def __init__(self, channels, maps):
+        super().__init__(2 * 2**len(maps))
+        self.from_image = nn.ModuleList()
+        for c in maps:
+            self.from_image.append(nn.Sequential(ScaledConv(channels, c, 1), nn.LeakyReLU(0.2)))
+        self.blocks = nn.ModuleList()  # each halves the side: from 8, from 16, …
+        for c_out, c_in in zip(maps, maps[1:]):
+            self.blocks.append(nn.Sequential(
+                ScaledConv(c_in, c_in, 3, padding=1), nn.LeakyReLU(0.2),
+                ScaledConv(c_in, c_out, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)))
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, x.shape[-1] // self.side)
+        h = self.from_image[self.level](x)
+        map_8 = h
+        h = self.blocks[self.level - 1](h)
+        h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
+        for block in reversed(self.blocks[:self.level - 1]):
+            map_8 = h
+            h = block(h)
+        return map_8, h
+
+
+def last_layers(c_in, c):
+    """A 4x4 map (B, c_in, 4, 4) -> features (B, c, 1, 1)."""
+    return nn.Sequential(ScaledConv(c_in, c, 3, padding=1), nn.LeakyReLU(0.2),
+                         ScaledConv(c, c, 4), nn.LeakyReLU(0.2))
+
+
+class GrowingEncoder(nn.Module):
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
+
+    NOTE(paper): the encoder has spectral norm at 32x32. Here weights are scaled already, and both
+    would undo each other. It has no minibatch deviation: an image's code is its own.
+    """
+
+    def __init__(self, latent, channels, maps):
+        super().__init__()
+        self.body = GrowingBody(channels, maps)
+        self.last = last_layers(maps[0], maps[0])
+        self.linear = ScaledConv(maps[0], 2 * latent, 1, gain=1)
+
+    def forward(self, x):
+        _, h = self.body(x)
+        mean, log_var = self.linear(self.last(h)).flatten(1).float().chunk(2, 1)
+        return mean, log_var.clamp(max=20)
+
+
+class GrowingDiscriminator(nn.Module):
+    """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
+
+    NOTE(paper): where in ProGAN the contrast is taken is not said. Here from the 8x8 map, which
+    networks of all sides have, and from the last features; where `final` is not contrasted, it is
+    these themselves, for --loss vaegan.
+    """
+
+    def __init__(self, channels, maps, layers):
+        super().__init__()
+        self.body = GrowingBody(channels, maps)
+        self.last = last_layers(maps[0] + 1, maps[0])
+        self.score = ScaledConv(maps[0], 1, 1, gain=1)
+        self.heads = nn.ModuleDict()
+        if "b8" in layers:
+            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, gain=1),
+                                             ScaledConv(1, FEATURE_DIM, 8, gain=1), nn.Flatten())
+        if "final" in layers:
+            self.heads["final"] = nn.Sequential(ScaledConv(maps[0], FEATURE_DIM, 1, gain=1),
+                                                nn.Flatten())
+
+    def forward(self, x, where=None):
+        map_8, h = self.body(x)
+        last = self.last(minibatch_deviation(h))
+        features = {"b8": map_8, "final": last}
+        for name, head in self.heads.items():
+            features[name] = head(features[name])
+        features["final"] = features["final"].flatten(1)
+        return self.score(last).flatten().float(), features
+
+
 # ---- Losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms -------
 
 def gaussian_kl(mean, log_var):
@@ -357,10 +621,12 @@ def info_nce(query, positive, negatives, temperature):
 def discriminator_gan(kind, real, reconstructed, sampled):
     """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,).
 
-    "log" is minus Eq. (4), where D(x) = σ(score).
+    "log" is minus Eq. (4), where D(x) = σ(score). "wgan" is without its gradient penalty.
     """
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
+    if kind == "wgan":  # the last term keeps scores from drifting away, together
+        return 0.5 * reconstructed + 0.5 * sampled - real + 1e-3 * real.square()
     # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of
     # fakes by one half.
     return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
@@ -375,6 +641,20 @@ def autoencoder_gan(kind, reconstructed, sampled):
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
     return -0.5 * reconstructed - 0.5 * sampled.mean()
+
+
+def gradient_penalty(discriminator, real, fake):
+    """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
+
+    WGAN-GP's, which keeps D's slope near 1 (Gulrajani et al. 2017). Its own gradient needs second
+    derivatives of D; in fp32.
+    """
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)
+    between = torch.lerp(fake, real, share).requires_grad_()
+    with torch.autocast(real.device.type, enabled=False):
+        scores, _ = discriminator(between)
+        gradient, = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    return (gradient.square().sum((1, 2, 3)).sqrt() - 1).square()
 
 
 @torch.no_grad()
@@ -396,12 +676,31 @@ def update_average(average, model, decay):
 WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
 
 
+def networks(cfg, channels, size, layers):
+    """Encoder, decoder and discriminator of --backbone; --loss vae has no discriminator."""
+    discriminator = None
+    if cfg.backbone == "progan":
+        maps = feature_maps(cfg, size)
+        encoder = GrowingEncoder(cfg.latent, channels, maps)
+        decoder = GrowingDecoder(cfg.latent, channels, maps)
+        if cfg.loss != "vae":
+            discriminator = GrowingDiscriminator(channels, maps, layers)
+        return encoder, decoder, discriminator
+    decoder_width, width = WIDTHS["small" if cfg.small else "full"]
+    encoder = Encoder(channels, width, cfg.latent)
+    decoder = Decoder(cfg.latent, decoder_width, channels, size)
+    if cfg.loss != "vae":
+        discriminator = Discriminator(channels, width, size, layers)
+    return encoder, decoder, discriminator
+
+
 def parse_layers(cfg):
     """--contrast_layers as a tuple. UserError if one does not exist, or comes twice."""
     layers = tuple(cfg.contrast_layers.split(","))
-    if not set(layers) <= {*BLOCKS, "final"} or len(set(layers)) < len(layers):
+    known = (*BLOCKS, "final") if cfg.backbone == "autogan" else ("b8", "final")
+    if not set(layers) <= set(known) or len(set(layers)) < len(layers):
         raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of "
-                        f"{','.join(BLOCKS)},final, each once, with commas")
+                        f"{','.join(known)}, each once, with commas")
     return layers
 
 
@@ -416,16 +715,11 @@ class DCVAE(nn.Module):
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
         # Of the terms in a player's loss. Terms without a weight are only logged.
         self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight,
-                        "d_gan": 1, "d_contrast": 1}
-        decoder_width, width = WIDTHS["small" if cfg.small else "full"]
-        self.encoder = Encoder(channels, width, cfg.latent)
-        self.decoder = Decoder(cfg.latent, decoder_width, channels, size)
+                        "d_gan": 1, "d_penalty": 10, "d_contrast": 1}
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
         # the first block, as here.
         self.layers = parse_layers(cfg) if self.contrastive else ()
-        self.discriminator = None
-        if cfg.loss != "vae":
-            self.discriminator = Discriminator(channels, width, size, self.layers)
+        self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:
             # Keys come from a slow average of D, so that the older ones in the queue are comparable
@@ -434,6 +728,7 @@ class DCVAE(nn.Module):
             self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
             widths = {name: FEATURE_DIM for name in self.layers}
             if cfg.patch_after is not None:
+                width = WIDTHS["small" if cfg.small else "full"][1]
                 widths |= {f"patch_{name}": width for name in BLOCKS}
             # Parameters that never learn: DDP would send buffers round before every pass.
             self.queue = nn.ParameterDict()
@@ -448,6 +743,13 @@ class DCVAE(nn.Module):
         super().train(mode)
         self.averaged_decoder.eval()
         return self
+
+    def grow(self, side, alpha):
+        """Use growing networks up to `side`, their newest layers by the share `alpha`."""
+        for network in self.modules():
+            if isinstance(network, Growing):
+                network.side = side
+                network.alpha.fill_(alpha)
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -488,6 +790,7 @@ class DCVAE(nn.Module):
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
             d_gan                           for gan, with B samples for B reconstructions
+            d_penalty                       with --gan wgan, half of it at reconstructions
             d_contrast                      where keys are given
             accuracy                        of the contrast, only logged
         """
@@ -504,6 +807,11 @@ class DCVAE(nn.Module):
             reconstructed, sampled, real = scores.chunk(3)
             terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled}
             terms["d_gan"] = discriminator_gan(self.cfg.gan, real, reconstructed, sampled)
+        if self.adversarial and self.cfg.gan == "wgan":
+            x_hat, x_sampled, _ = seen.chunk(3)
+            coin = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            fake = torch.where(coin, x_hat, x_sampled)
+            terms["d_penalty"] = gradient_penalty(self.discriminator, x, fake)
         if keys is not None:
             # NOTE(paper): in Eq. (9) D maximises the contrast too. But the critic of Remark 1,
             # which recognises x, is the one that minimises it.
@@ -623,14 +931,19 @@ def train(cfg, model, images, folder, checkpoint):
         label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
-    data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
-                   parts=d_steps * world)  # not augmented, as released
-    total = cfg.steps or cfg.epochs * data.per_epoch
+    per_epoch = batches_of(cfg, images, images.size, d_steps).per_epoch
+    total = cfg.steps or cfg.epochs * per_epoch
+    if cfg.grow and cfg.phase_steps is None:
+        phases = 2 * int(math.log2(images.size / FIRST_SIDE))
+        cfg.phase_steps = max(1, total // 2 // phases)
     reference = fid_reference(cfg, images)
     # One Adam serves both players: it passes over parameters without a gradient, and each parameter
     # has its own moments and its own count of updates.
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, 0.9))
+    # Layers that have not grown yet have no gradients either. NOTE(paper): ProGAN begins all
+    # moments anew with each side; here the older layers keep theirs.
+    beta2 = 0.9 if cfg.backbone == "autogan" else 0.99
+    optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2))
     if checkpoint is None:
         state = start_run(cfg, folder)
     else:
@@ -638,8 +951,10 @@ def train(cfg, model, images, folder, checkpoint):
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     # SyncBatchNorm exists on GPUs only. torch.compile cannot trace it: --compile is off then.
-    if world > 1 and data.device.type == "cuda":
+    if world > 1 and torch.device(cfg.device).type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        cfg = dataclasses.replace(cfg, compile=False)
+    if cfg.gan == "wgan":  # nor can it compile the gradient of a gradient
         cfg = dataclasses.replace(cfg, compile=False)
     # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
     # One player's update leaves the other's parameters without gradients: DDP must be told.
@@ -647,15 +962,16 @@ def train(cfg, model, images, folder, checkpoint):
     player_terms = parallel(cfg, model, find_unused_parameters=two_players)
 
     rows = []  # the terms of the steps since the last progress line
-    for step in range(state["step"] + 1, total + 1):
+    steps = range(state["step"] + 1, total + 1)
+    for step, x in zip(steps, training_images(cfg, model, images, steps, d_steps)):
         state["step"] = step
         seed_noise(cfg.seed, step, rank)
-        batches = data.batch(step - 1, rank, world).chunk(d_steps)
+        batches = x.chunk(d_steps)
         rows.append(train_step(cfg, model, player_terms, optimizer, batches, step))
 
         validating = step % cfg.eval_every == 0 or step == total
         if validating or step % cfg.log_every == 0:
-            log_training(folder, state, total, rows, data.batch_size)
+            log_training(folder, state, total, rows, world * len(x))
             rows = []
         if validating:
             validate(cfg, model, images, folder, optimizer, state, reference)
@@ -665,6 +981,29 @@ def train(cfg, model, images, folder, checkpoint):
             save(folder / "last.pt", cfg, model, optimizer, state)
             state["saved"] = time.perf_counter()
     save(folder / "last.pt", cfg, model, optimizer, state)
+
+
+def batches_of(cfg, images, side, d_steps):
+    """Batches of a step at this side: smaller images come in larger numbers, up to 128."""
+    count = max(cfg.batch_size, min(128, cfg.batch_size * images.size // side))
+    return Batches(images.train, d_steps * count, cfg.device, cfg.seed,
+                   parts=d_steps * processes()[1])  # not augmented, as released
+
+
+def training_images(cfg, model, images, steps, d_steps):
+    """Bring the model to the side of each step -> the images of that step, one step after another.
+
+    (d_steps·B, C, side, side), this process's share.
+    """
+    rank, world = processes()
+    trained_side = None
+    for step in steps:
+        side, alpha = growth(cfg, images.size, step)
+        if side != trained_side:
+            data = batches_of(cfg, images, side, d_steps)
+            trained_side = side
+        model.grow(side, alpha)
+        yield at_side(data.batch(step - 1, rank, world), side, alpha)
 
 
 def train_step(cfg, model, player_terms, optimizer, batches, step):
@@ -785,6 +1124,7 @@ def evaluate(cfg, model, images, folder, state):
     """
     if images.labels is not None:
         label_values(cfg, images, "train")  # reports a wrong flag before anything is written
+    model.grow(*growth(cfg, images.size, state["step"]))
     with inference(cfg, model):
         test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
         vgg = None
@@ -797,6 +1137,11 @@ def evaluate(cfg, model, images, folder, state):
         }
         if cfg.fid:
             results |= fid(cfg, model, images, test)
+        if cfg.path_length:
+            # NOTE(paper): Table 7 gives neither space, interpolation nor crop. Here z ~ N(0, 1),
+            # arcs from one to another, whole images.
+            results |= path_length_metrics(model.averaged_decoder, cfg.latent, cfg.path_length,
+                                           cfg.device, cfg.lpips_weights)
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -806,6 +1151,8 @@ def evaluate(cfg, model, images, folder, state):
             "device": cfg.device, "dtype": cfg.dtype,
         }
         save_figures(cfg, model, images.test, folder, "test")
+        if cfg.grow:
+            save_sides(cfg, model, folder, state["step"])
         save_interpolations(cfg, model, images, folder)
         save_mixing(cfg, model, images, folder)
         save_editing(cfg, model, images, folder)
@@ -908,6 +1255,20 @@ def save_figures(cfg, model, images, folder, name):
     reconstructed = f"{name}-draw.png" if cfg.draw_code else f"{name}.png"
     save_grid(folder / "samples" / sampled, model.sample(64))
     save_grid(folder / "reconstructions" / reconstructed, x, model.reconstruct(x))
+
+
+def save_sides(cfg, model, folder, step):
+    """sides/: what eight codes are at every side, from 8x8 to --size, a row for each."""
+    z = torch.randn(8, cfg.latent, device=cfg.device)
+    size = model.decode(z).shape[-1]
+    rows = []
+    side = FIRST_SIDE
+    while side <= growth(cfg, size, step)[0]:
+        model.grow(side, 1.0)
+        rows.append(model.decode(z))
+        side *= 2
+    model.grow(*growth(cfg, size, step))
+    save_grid(folder / "sides" / "test.png", torch.cat(rows))
 
 
 def first_images(array, count, device):

@@ -89,6 +89,7 @@ def narrow_networks(patch):
         q_u=block, p_y=block, flow=block, q_z=block, p_z=(block, block), p_x=(block, 8, block)))
     patch.setitem(realnvp.WIDTHS, "small", (1, 4))
     patch.setitem(dcvae.WIDTHS, "small", (8, 8))
+    patch.setitem(dcvae.MAPS, "small", (8, 8))
 
 
 def inputs_of(module):

@@ -819,23 +819,47 @@ def test_validation_is_15_percent_and_never_changes(small_shapes, tmp_path):
     assert 60 < one.valid.index.mean() < 140
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(small_shapes, tmp_path,
-                                                                       monkeypatch):
-    """After Ctrl-C at the sixth image there is no shapes-16; the next call makes it whole."""
-    def broken(data_dir, size):
-        def images():
-            yield from make_shapes(5, size, seed=0)[0]
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("stop", [5, 200 + 7])
+def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, monkeypatch, stop):
+    """After Ctrl-C at a train or a test image nothing looks finished; none is made twice."""
+    made = []
 
-        return {"train": (200, images(), None), "test": (40, images(), None)}
+    def splits_that_stop(at):
+        def splits(data_dir, size):
+            def image(split, i):
+                if len(made) == at:
+                    raise KeyboardInterrupt
+                made.append((split, i))
+                return images[split][i]
 
-    with monkeypatch.context() as patch:
-        patch.setitem(common.DATASETS, "shapes", (32, broken))
-        with pytest.raises(KeyboardInterrupt):
-            load_images("shapes", tmp_path, 16)
-    assert not (tmp_path / "shapes-16").exists()
-    assert np.array_equal(load_images("shapes", tmp_path, 16).test, make_shapes(40, 16, seed=1)[0])
+            images = {"train": make_shapes(200, size, seed=0)[0],
+                      "test": make_shapes(40, size, seed=1)[0]}
+            return {"train": (200, common.Made(lambda i: image("train", i)), None),
+                    "test": (40, common.Made(lambda i: image("test", i)), None)}
+        return splits
+
+    monkeypatch.setitem(common.DATASETS, "shapes", (32, splits_that_stop(stop)))
+    with pytest.raises(KeyboardInterrupt):
+        load_images("shapes", tmp_path, 16)
+    assert [p.name for p in tmp_path.iterdir()] == ["shapes-16.partial"]
+    monkeypatch.setitem(common.DATASETS, "shapes", (32, splits_that_stop(None)))
+    images = load_images("shapes", tmp_path, 16)
     assert [p.name for p in tmp_path.iterdir()] == ["shapes-16"]
+    assert sorted(p.name for p in (tmp_path / "shapes-16").iterdir()) == ["test.npy", "train.npy"]
+    assert np.array_equal(np.load(tmp_path / "shapes-16" / "train.npy"),
+                          make_shapes(200, 16, seed=0)[0])
+    assert np.array_equal(images.test, make_shapes(40, 16, seed=1)[0])
+    assert len(made) == 200 + 40 + 2  # the first of each split is asked for its shape, too
+
+
+def test_a_long_preparation_says_how_long_it_takes(small_shapes, tmp_path, monkeypatch, capsys):
+    """Half a minute for each image: 200 lines, the first of which has 199 times as long to go."""
+    clock = iter(range(0, 10**6, 31))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    load_images("shapes", tmp_path, 16)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "1 of 200 train images, 1:42:49 left"
+    assert lines[2].startswith("2 of 200 train images")
 
 
 def test_a_truncated_file_is_named(small_shapes, tmp_path):
@@ -1099,9 +1123,9 @@ def test_imagenette(tmp_path, monkeypatch):
         def __len__(self):
             return len(self._samples)
 
-        def __iter__(self):
-            for i, (_, label) in enumerate(self._samples):
-                yield TF.to_pil_image(torch.full((3, 160, 213), i + 50, dtype=torch.uint8)), label
+        def __getitem__(self, i):
+            _, label = self._samples[i]
+            return TF.to_pil_image(torch.full((3, 160, 213), i + 50, dtype=torch.uint8)), label
 
     monkeypatch.setattr(torchvision.datasets, "Imagenette", Imagenette)
     images = load_images("imagenette", tmp_path)
@@ -1121,7 +1145,7 @@ def test_a_failed_download_is_a_user_error(tmp_path, monkeypatch):
         assert not (tmp_path / "mnist-32").exists()
 
 
-# ---- load_images: celeba -------------------------------------------------------------------------
+# ---- load_images: celeba, celebahq, lsun ---------------------------------------------------------
 
 @pytest.fixture
 def celeba(monkeypatch):
@@ -1142,12 +1166,11 @@ def celeba(monkeypatch):
         def __len__(self):
             return len(self.numbers)
 
-        def __iter__(self):
-            for number, attributes in zip(self.numbers.tolist(), self.attr):
-                image = torch.full((3, 218, 178), 255, dtype=torch.uint8)
-                image[:, 40:188, 15:163] = 60 + 4 * number
-                image[:, 40:114, 15:89] = 20
-                yield TF.to_pil_image(image), attributes
+        def __getitem__(self, i):
+            image = torch.full((3, 218, 178), 255, dtype=torch.uint8)
+            image[:, 40:188, 15:163] = 60 + 4 * self.numbers[i].item()
+            image[:, 40:114, 15:89] = 20
+            return TF.to_pil_image(image), self.attr[i]
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", CelebA)
 
@@ -1179,6 +1202,20 @@ def test_celeba_that_cannot_be_downloaded_says_what_to_put_where(tmp_path, monke
     with pytest.raises(UserError, match="quota") as error:
         load_images("celeba", tmp_path)
     assert str(tmp_path / "celeba") in str(error.value) and "img_align_celeba" in str(error.value)
+
+
+@pytest.mark.parametrize("name, says", [("celebahq", "the 30,000 images"), ("lsun", "bedrooms")])
+def test_folders_that_nobody_may_pass_on(tmp_path, name, says):
+    """Without images the message says what belongs where; of faces the last by name are test."""
+    with pytest.raises(UserError, match=says) as error:
+        load_images(name, tmp_path, 16)
+    assert f"{tmp_path / name}, which holds 0 images" in str(error.value)
+    for i in range(60):
+        write_grey(tmp_path / name / f"{i:05}.png", 2 * i, 20, 20)
+    images = load_images(name, tmp_path, 16)
+    assert len(images.test) == (2 if name == "celebahq" else 6)
+    if name == "celebahq":
+        assert images.test[:, 0, 0, 0].tolist() == [116, 118]
 
 
 # ---- what broke once -----------------------------------------------------------------------------
@@ -1515,6 +1552,92 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
 def no_network(*arguments, **options):
     """In place of a download."""
     raise OSError("no network")
+
+
+def test_lpips_by_hand(tmp_path):
+    """Five ReLUs, features of length 1, a weight for each channel, mean over pixels; or an error.
+
+    Random weights, in the two files' formats; the distance of an image to itself is 0.
+    """
+    torch.manual_seed(0)
+    net = torchvision.models.vgg16()
+    torch.save(net.state_dict(), tmp_path / "vgg16.pth")
+    weights = {}
+    for i, channels in enumerate((64, 128, 256, 512, 512)):
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, channels, 1, 1)
+    torch.save(weights, tmp_path / "vgg.pth")
+    lpips = common.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    sd = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        h = (torch.cat([x, y]) / 2 + 0.5 - mean) / sd
+        of_layers = []
+        for layer in net.features:
+            pooled = isinstance(layer, torch.nn.MaxPool2d)
+            if pooled:
+                of_layers.append(h.clone())
+            h = layer(h)
+        expected = torch.zeros(2)
+        for h, weight in zip(of_layers, weights.values()):
+            unit = h / h.square().sum(1, keepdim=True).sqrt()
+            expected += (weight * (unit[:2] - unit[2:]).square()).sum(1).mean((1, 2))
+        torch.testing.assert_close(lpips(x, y), expected)
+        assert (lpips(x, x) == 0).all()
+    with pytest.raises(UserError, match="holds no weights of LPIPS"):
+        common.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
+
+
+def squared_distance(x, y):
+    """In place of a perceptual one."""
+    return (x - y).square().sum(1)
+
+
+def test_path_length_of_a_linear_decoder():
+    """E‖A (z_2 - z_1)‖² = 2 tr(AAᵀ) on lines; of lengths alike, as 1 % at either end is left out.
+
+    An arc between orthogonal codes of length √L has length π/2 √L.
+    """
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        A = torch.linalg.qr(torch.randn(500, 500))[0] * 3  # so that all lengths are nearly alike
+        length = common.path_length(lambda z: (z @ A.T)[:, :, None, None],
+                                    lambda x, y: squared_distance(x, y).flatten(), 500, 400, "cpu",
+                                    between=torch.lerp)
+        assert length == pytest.approx(2 * A.square().sum().item(), rel=0.01)
+        arc = common.path_length(lambda z: z[:, :, None, None],
+                                 lambda x, y: squared_distance(x, y).flatten(), 500, 400, "cpu")
+        assert arc == pytest.approx((math.pi / 2)**2 * 500, rel=0.02)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_path_length_leaves_out_outliers():
+    """Else one broken image of hundred decides: 2 of 200 are far away."""
+    seen = []
+
+    def distance(x, y):
+        far = torch.zeros(len(x))
+        if not seen:
+            far[:2] = 1e9
+        seen.append(len(x))
+        return (1 + far) * 1e-8
+
+    length = common.path_length(lambda z: z[:, :, None, None], distance, 4, 220, "cpu")
+    assert seen == [50, 50, 50, 50, 20] and length == pytest.approx(1)
+
+
+def test_arcs_between_codes():
+    """Ends are the codes; in the middle an arc keeps the length that a line loses."""
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 50, 400)
+    ends = torch.zeros(50, 1), torch.ones(50, 1)
+    torch.testing.assert_close(common.slerp(z1, z2, ends[0]), z1)
+    torch.testing.assert_close(common.slerp(z1, z2, ends[1]), z2)
+    middle = common.slerp(z1, z2, 0.5 * ends[1])
+    assert middle.norm(dim=1).mean().item() == pytest.approx(20, rel=0.03)
+    assert torch.lerp(z1, z2, 0.5).norm(dim=1).mean().item() < 15
 
 
 @pytest.mark.parametrize("Network, url", [

@@ -27,6 +27,7 @@ from dcvae import (
 def narrow(monkeypatch):
     """--small, narrower still, and one seed for every test."""
     monkeypatch.setitem(dcvae.WIDTHS, "small", (8, 8))
+    monkeypatch.setitem(dcvae.MAPS, "small", (8, 8))
     torch.manual_seed(0)
 
 
@@ -282,6 +283,9 @@ def test_gan_losses_by_hand():
     torch.testing.assert_close(discriminator_gan("log", real, reconstructed, sampled), -eq4)
     log = autoencoder_gan("log", reconstructed, sampled)
     torch.testing.assert_close(log.mean(), of_fakes.mean())
+    wgan = discriminator_gan("wgan", real, reconstructed, sampled)
+    by_hand = torch.tensor([-1.5 + 0 - 2 + 1e-3 * 4, 0.25 - 0.25 - 0.5 + 1e-3 * 0.25])
+    torch.testing.assert_close(wgan, by_hand)
 
 
 LOSSES = {
@@ -298,20 +302,21 @@ def keys_of(model, x):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("gan", ["hinge", "log"])
-def test_terms_of_the_four_losses(loss, gan):
+@pytest.mark.parametrize("gan, backbone", [("hinge", "autogan"), ("log", "autogan"),
+                                           ("hinge", "progan"), ("wgan", "progan")])
+def test_terms_of_the_four_losses(loss, gan, backbone):
     """Else a loss has other terms than Eqs. (1), (3) to (5), (8), (9), or a term teaches nobody.
 
     Every term reaches encoder and decoder, the KL the encoder alone. D's own terms reach neither,
     and all of D that is in use. `forward` gives each player its terms.
     """
-    model = make(loss=loss, gan=gan)
+    model = make(loss=loss, gan=gan, backbone=backbone)
     x = noise_images(4)
     keys = keys_of(model, x)
     terms = model(x, keys=keys)
     assert list(terms) == LOSSES[loss]
-    encoder_weight = model.encoder.linear.parametrizations.weight.original
-    decoder_weight = model.decoder.enter[0].weight
+    encoder_weight = list(model.encoder.parameters())[-1]
+    decoder_weight = next(model.decoder.parameters())
     for name, values in terms.items():
         assert values.shape == (4,)
         of_encoder, of_decoder = torch.autograd.grad(
@@ -324,12 +329,14 @@ def test_terms_of_the_four_losses(loss, gan):
 
     terms = model(x, keys=keys, player="discriminator")
     assert ("d_gan" in terms) == model.adversarial
+    assert ("d_penalty" in terms) == (model.adversarial and gan == "wgan")
     assert ("d_contrast" in terms) == model.contrastive
     sum(terms[name].sum() for name in terms if name in model.weights).backward()
     for part in (model.encoder, model.decoder):
         assert all(p.grad is None for p in part.parameters())
     for name, p in model.discriminator.named_parameters():
-        if model.adversarial or not name.startswith("score"):
+        unused = name.startswith(("score", "body.from_image.0"))  # the latter for a side of 8
+        if not unused or model.adversarial and name.startswith("score"):
             assert p.grad is not None, name
 
 
@@ -614,6 +621,189 @@ def test_layers_that_do_not_exist():
     for layers in ("b5", "b1,,final", "b1,b1", ""):
         with pytest.raises(UserError, match="--contrast_layers"):
             make(contrast_layers=layers)
+
+
+# ---- The other backbone --------------------------------------------------------------------------
+
+def progan(size=16, **flags):
+    """As `make`, on ProGAN's networks."""
+    return make((3, size, size), backbone="progan", **flags)
+
+
+@pytest.mark.parametrize("size, of_decoder, of_discriminator, of_encoder", [
+    (16, 15_998_473, 16_005_121, 16_525_312), (64, 22_490_383, 22_498_049, 23_018_240),
+    (128, 22_933_394, 22_941_313, 23_461_504), (256, 23_044_309, 23_052_353, 23_572_544),
+    (512, 23_072_120, 23_080_225, 23_600_416), (1024, 23_079_115, 23_087_249, 23_607_440)])
+def test_parameter_counts_are_those_of_progan(size, of_decoder, of_discriminator, of_encoder):
+    """Else a layer of its tables is missing or too wide: latent 512, RGB, heads not counted.
+
+    From 64 pixels on this backbone is the default, with ProGAN's batches.
+    """
+    cfg = Config(size=size, loss="vaegan", backbone="progan")
+    assert Config(size=size).backbone == ("progan" if size >= 64 else "autogan")
+    assert cfg.batch_size == max(4, 2048 // size)
+    with torch.device("meta"):
+        model = DCVAE(cfg, (3, size, size))
+    assert count(model.decoder) == of_decoder
+    assert count(model.discriminator) == of_discriminator
+    assert count(model.encoder) == of_encoder
+
+
+def test_sizes_that_are_not_doublings_of_4():
+    """Else a network ends at another side than the images have."""
+    for size in (8, 24, 48, 100):
+        with pytest.raises(UserError, match=f"16, 32, 64 … pixels a side, not {size}"):
+            progan(size)
+
+
+def test_scaled_weights_keep_the_variance():
+    """Else a layer's gain is not √2, or its fan-in is not k²·c_in: noise of variance 1 gets 2."""
+    h = torch.randn(64, 40, 8, 8)
+    for kernel, padding in ((1, 0), (3, 0), (8, 0), (4, 3)):
+        conv = dcvae.ScaledConv(40, 500, kernel, padding)
+        variance = conv(h)[:, :, padding:8 - padding, padding:8 - padding].var().item()
+        assert variance == pytest.approx(2, rel=0.1)
+        assert conv.weight.var().item() == pytest.approx(1, rel=0.1)
+        assert (conv.bias == 0).all()
+
+
+def test_pixel_norm():
+    """Else a pixel's features do not have a root mean square of 1, in the same direction."""
+    h = 5 * torch.randn(2, 7, 3, 3)
+    normed = dcvae.PixelNorm()(h)
+    torch.testing.assert_close(normed.square().mean(1), torch.ones(2, 3, 3))
+    torch.testing.assert_close(F.cosine_similarity(h, normed, dim=1), torch.ones(2, 3, 3))
+
+
+@pytest.mark.parametrize("batch, group", [(12, 4), (6, 2), (3, 1)])
+def test_minibatch_deviation_by_hand(batch, group):
+    """Else a group's number is of other images: real ones and fakes in one pass would be mixed."""
+    h = torch.randn(batch, 5, 4, 4)
+    seen = dcvae.minibatch_deviation(h)
+    assert torch.equal(seen[:, :5], h)
+    for i in range(batch):
+        first = i // group * group
+        deviation = h[first:first + group].double().numpy().std(0).mean()
+        expected = torch.full((4, 4), max(deviation, 1e-4)).float()
+        torch.testing.assert_close(seen[i, 5], expected)
+
+
+def test_penalty_of_a_linear_critic():
+    """Else it is not (‖w‖ - 1)², whatever the images; or D cannot learn from it: 2 (‖w‖ - 1)."""
+    w = torch.randn(3, 4, 4, requires_grad=True)
+
+    def critic(x):
+        return (x * w).sum((1, 2, 3)), None
+
+    penalty = dcvae.gradient_penalty(critic, noise_images(5, size=4), noise_images(5, size=4))
+    torch.testing.assert_close(penalty, (w.norm() - 1).square().expand(5))
+    gradient, = torch.autograd.grad(penalty.mean(), w)
+    torch.testing.assert_close(gradient, 2 * (w.norm() - 1) * w / w.norm())
+
+
+def test_penalty_between_real_and_fake():
+    """Else it is taken elsewhere: of the critic x²/2 it is (|x̄| - 1)², x̄ between the two."""
+    def critic(x):
+        return x.square().sum((1, 2, 3)) / 2, None
+
+    real = torch.full((200, 1, 1, 1), 2.0)
+    fake = torch.full((200, 1, 1, 1), 4.0)
+    slope = dcvae.gradient_penalty(critic, real, fake).sqrt() + 1
+    assert 2 <= slope.min() < 2.1 and 3.9 < slope.max() <= 4
+
+
+def test_penalty_under_autocast():
+    """Else second derivatives are of bf16; D's weights get gradients from it all the same."""
+    model = progan(loss="vaegan")
+    real, fake = noise_images(4), noise_images(4)
+    outside = seeded(dcvae.gradient_penalty, model.discriminator, real, fake)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = seeded(dcvae.gradient_penalty, model.discriminator, real, fake)
+    assert torch.equal(inside, outside)
+    inside.mean().backward()
+    assert model.discriminator.body.blocks[0][0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_fade_begins_at_the_smaller_network_and_ends_at_the_larger(alpha):
+    """Else growing is a jump: with α = 0 new layers do not count, with α = 1 old ones do not."""
+    model = progan(size=32).eval()
+    model.decoder.train()  # which shows images as small as they are
+    z = torch.randn(3, 6)
+    x = noise_images(3, size=32)
+    small_x = F.avg_pool2d(x, 2)
+    with torch.no_grad():
+        model.grow(16, 1.0)
+        of_smaller = (model.decoder(z), model.encoder(small_x)[0], model.discriminator(small_x)[0])
+        model.grow(32, alpha)
+        before = (model.decoder(z), model.encoder(x)[0], model.discriminator(x)[0])
+        if alpha == 0:
+            enlarged = F.interpolate(of_smaller[0], scale_factor=2)
+            assert torch.equal(before[0], enlarged)
+            assert torch.equal(before[1], of_smaller[1])
+            assert torch.equal(before[2], of_smaller[2])
+        for network in (model.encoder.body.from_image, model.discriminator.body.from_image,
+                        model.decoder.to_image):
+            level = 3 if alpha == 0 else 2  # the layer that does not count: of 32x32, of 16x16
+            for p in network[level].parameters():
+                p.add_(1)
+        after = (model.decoder(z), model.encoder(x)[0], model.discriminator(x)[0])
+    for left, right in zip(before, after):
+        assert torch.equal(left, right)
+
+
+def test_side_and_share_follow_from_the_step():
+    """Else a run that is resumed goes on elsewhere: P = 2 steps for each side and each fade."""
+    cfg = Config(size=32, backbone="progan", phase_steps=2)
+    seen = [dcvae.growth(cfg, 32, step) for step in range(1, 13)]
+    assert seen == [(8, 1), (8, 1), (16, 0.5), (16, 1), (16, 1), (16, 1), (32, 0.5), (32, 1),
+                    (32, 1), (32, 1), (32, 1), (32, 1)]
+    assert dcvae.growth(Config(size=32, backbone="progan", grow=False), 32, 1) == (32, 1)
+    assert dcvae.growth(Config(), 32, 1) == (32, 1)
+
+
+def test_images_fade_as_networks_do():
+    """Else D sees sharpness that no fake can have: α = 0 is the mean of 2x2 pixels, enlarged."""
+    x = noise_images(2, size=32)
+    assert torch.equal(dcvae.at_side(x, 8, 1), F.avg_pool2d(x, 4))
+    blurred = dcvae.at_side(x, 16, 1e-9)
+    enlarged = F.avg_pool2d(x, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(blurred, enlarged)
+
+
+def test_sides_batches_and_layers_of_a_growing_run(tmp_path):
+    """Else a side is trained on other images than its own, or on layers that it has not got.
+
+    Batches are larger at smaller sides. What has not grown yet is as it was, in the averages too.
+    """
+    model = progan()
+    seen = []
+    watch(model, seen)
+    flags = dict(backbone="progan", latent=6, phase_steps=2)
+    before, model = play(tmp_path / "run", steps=2, model=model, batch_size=8, **flags)
+    assert [tuple(x.shape) for name, x, _ in seen if name == "autoencoder_terms"] == \
+        2 * [(16, 3, 8, 8)]
+    after = model.state_dict()
+    for name in ("decoder", "averaged_decoder"):
+        assert torch.equal(before[f"{name}.to_image.2.weight"], after[f"{name}.to_image.2.weight"])
+        assert not torch.equal(before[f"{name}.to_image.1.weight"],
+                               after[f"{name}.to_image.1.weight"])
+    assert torch.equal(before["encoder.body.from_image.2.0.weight"],
+                       after["encoder.body.from_image.2.0.weight"])
+    shown = model.sample(2)
+    assert shown.shape == (2, 3, 16, 16)  # in figures as large as the images
+    assert torch.equal(shown, F.interpolate(F.avg_pool2d(shown, 2), scale_factor=2))
+
+
+def test_growing_takes_half_of_the_steps_by_default(tmp_path):
+    """Else a run ends before its images have their size: two phases from 8 to 16, of 10 steps."""
+    cfg = Config(**{"small": True, "latent": 6, "negatives": 10, "batch_size": 4, "steps": 9,
+                    "device": "cpu", "dtype": "fp32", "backbone": "progan"})
+    pixels = noise_pixels(40)
+    images = Images("noise", 16, pixels[:32], pixels[32:], pixels[32:], None, False)
+    dcvae.train(cfg, DCVAE(cfg, (3, 16, 16)), images, tmp_path, None)
+    assert cfg.phase_steps == 2
+    assert json.loads((tmp_path / "config.json").read_text())["phase_steps"] == 2
 
 
 # ---- The game ------------------------------------------------------------------------------------

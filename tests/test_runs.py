@@ -39,6 +39,7 @@ COMBOS = [
     ("dcvae", dict(loss="vae", dataset="mnist")),
     ("dcvae", dict(loss="vaegan", gan="log")),
     ("dcvae", dict(loss="contrastive", patch_after=1)),
+    ("dcvae", dict(backbone="progan", phase_steps=1)),
 ]
 IDS = [" ".join([script, *map(str, flags.values())]) for script, flags in COMBOS]
 FIRST = [COMBOS[0], COMBOS[3], COMBOS[7], COMBOS[10]]  # one of each script
@@ -272,13 +273,15 @@ def test_dcvae_results_and_figures(finished):
         "pixel_distance", "kl", "kl_per_dim", "active", "test_images", "code", "clamp", "ema",
         "parameters", "probe_error_percent", "probe_error_percent_ci95", "pixels_error_percent",
         "probe_images", "seconds_1", "seconds_100"}
-    assert results["kl_per_dim"] == pytest.approx(results["kl"] / 128)
+    config = read_json(folder / "config.json")
+    assert results["kl_per_dim"] == pytest.approx(results["kl"] / config["latent"])
     assert results["test_images"] == 16 and results["code"] == "mean"
     valid = [record for record in records(folder) if record["split"] == "valid"][-1]
     assert valid.keys() == {"step", "split", "seconds", "pixel_distance", "kl", "kl_per_dim",
                             "active"}
     assert figures_of(folder) == {"samples/test", "reconstructions/test", "interpolations/test",
-                                  "mixing/test", "editing/test-0-3"}
+                                  "mixing/test", "editing/test-0-3",
+                                  *(["sides/test"] if config["grow"] else [])}
     mixing = decoded(folder / "mixing" / "test.png")
     assert (mixing[2:2 + size, 2:2 + size] == 255).all()  # no image in the corner
     assert mixing.shape == decoded(folder / "interpolations" / "test.png").shape
@@ -403,6 +406,17 @@ def test_resumed_run_equals_an_unbroken_one(script, run, tmp_path, training_only
     of_parts = without_seconds(tmp_path / "runs" / "parts")
     extra = [row for row in of_parts if (row["split"], row["step"]) == ("valid", 2)]
     assert len(extra) == 1 and [row for row in of_parts if row not in extra] == of_whole
+
+
+def test_growing_run_resumed_in_the_middle_of_a_fade(run, tmp_path, training_only):
+    """Bit for bit: steps 4 to 6 of these are a fade, and step 4 is the last before the pause."""
+    flags = dict(backbone="progan", phase_steps=3, eval_every=9)
+    assert run("dcvae", name="whole", steps=6, **flags) == 0
+    assert run("dcvae", name="parts", steps=4, **flags) == 0
+    assert run("dcvae", name="parts", steps=6, resume=True, **flags) == 0
+    whole = load(tmp_path / "runs" / "whole" / "last.pt")
+    parts = load(tmp_path / "runs" / "parts" / "last.pt")
+    assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
 
 
 @pytest.mark.parametrize("script", ["vae", "realnvp"])  # selfvae.py has the first one's copy
@@ -740,6 +754,10 @@ def test_dcvae_refuses(refused, pictures):
     refused("dcvae", "--label_column 7", label_column=7)
     refused("dcvae", "--label_value 9", label_value=9)
     refused("dcvae", "invalid choice: 'gan'", loss="gan")
+    refused("dcvae", "16, 32, 64 … pixels a side, not 24", backbone="progan", size=24)
+    refused("dcvae", "--grow is for --backbone progan", grow=True)
+    refused("dcvae", "--patch_after is for", backbone="progan", patch_after=1)
+    refused("dcvae", "--contrast_layers b1", backbone="progan", contrast_layers="b1")
 
 
 def no_network(*arguments, **options):
@@ -782,6 +800,28 @@ def test_fid(script, run, tmp_path, monkeypatch, no_figures, capsys):
         assert results["reconstruction_fid_test_images"] == 16
         best = load(tmp_path / "runs" / "with" / "best.pt")["state"]["best"]
         assert best == pytest.approx(records(tmp_path / "runs" / "with")[-1]["fid_valid"])
+
+
+def test_path_length(run, tmp_path, monkeypatch, capsys):
+    """Offline one line, and a run without; with weights a number, its distance and its pairs."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    assert run("dcvae", name="without", path_length=4, **cheap("dcvae")) == 0
+    assert "no path length" in capsys.readouterr().out
+    assert "path_length" not in read_json(tmp_path / "runs" / "without" / "results.json")
+
+    def start(self, weights_path):
+        torch.nn.Module.__init__(self)
+
+    monkeypatch.setattr(common.VGGFeatures, "__init__", start)
+    monkeypatch.setattr(common.VGGFeatures, "forward", lambda self, x: x)
+    weights = tmp_path / "checkpoints" / Path(common.VGG_URL).name
+    weights.parent.mkdir(exist_ok=True)
+    weights.touch()
+    assert run("dcvae", name="with", path_length=4, **cheap("dcvae")) == 0
+    results = read_json(tmp_path / "runs" / "with" / "results.json")
+    assert results["path_length"] > 0 and results["path_length_pairs"] == 4
+    assert results["path_length_in"] == "VGG ReLU 4_3"
 
 
 def test_more_levels_than_halvings(refused):
