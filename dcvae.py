@@ -108,9 +108,8 @@ class Config:
     lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
                      fixed=True, low=0)
     grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
-    phase_steps: int = flag(None, "progan: steps that a side is trained before the next one, and "
-                            "that it takes to fade in (default: half of all steps for all of "
-                            "them)", fixed=True)
+    phase_steps: int = flag(None, "progan: steps of each fade, and between fades (default: so that "
+                            "half of all steps are at full size)", fixed=True)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
                             fixed=True, low=0)
     gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
@@ -121,9 +120,8 @@ class Config:
     temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
     momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
                            fixed=True, low=0, high=1)
-    contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan's 8x8 "
-                                "map b8, and final, the last features (default b1,final, progan "
-                                "b8,final)", fixed=True)
+    contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan b8, and "
+                                "the last features (default b1,final, progan b8,final)", fixed=True)
     patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
                             fixed=True, low=0)
     ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
@@ -140,10 +138,8 @@ class Config:
     eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
     fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
                     "then has the lowest validation FID (default: none)")
-    path_length: int = flag(None, "pairs of codes for the perceptual path length, often 100000 "
-                            "(default: none)")
-    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS "
-                              "(default: in ReLU 4_3 of VGG-16)")
+    path_length: int = flag(None, "pairs of codes for the perceptual path length (default: none)")
+    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS")
     clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
     draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
     label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
@@ -384,46 +380,43 @@ def feature_maps(cfg, size):
 def growth(cfg, size, step):
     """What step 1, 2, … trains -> the side, and α in (0, 1], the share of its newest layers.
 
-    With P = --phase_steps: P steps at 8x8, P in which the layers of 16x16 fade in, P at 16x16, …
-    and all that are left at `size`. It depends on the step alone, so a run is resumed exactly.
+    P = --phase_steps at 8x8, P in which 16x16 fades in, P at 16x16, … all that are left at `size`.
     NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
     """
     if not cfg.grow:
         return size, 1.0
-    phase, position = divmod(step - 1, cfg.phase_steps)
+    phase, done = divmod(step - 1, cfg.phase_steps)
     side = FIRST_SIDE * 2**((phase + 1) // 2)
-    if side > size:
-        return size, 1.0
-    fading = phase % 2 == 1
-    return side, (position + 1) / cfg.phase_steps if fading else 1.0
+    fading = phase % 2 == 1 and side <= size
+    return min(side, size), (done + 1) / cfg.phase_steps if fading else 1.0
 
 
 def at_side(x, side, alpha):
-    """Images (B, C, H, W) averaged down to `side`; their finest details fade in as layers do.
-
-    Otherwise D could tell real images by their sharpness, as soon as a side is new.
-    """
-    if side < x.shape[-1]:
-        x = F.avg_pool2d(x, x.shape[-1] // side)
+    """Images (B, C, H, W) averaged down to `side`, their details faded in as layers do, with α."""
+    x = F.avg_pool2d(x, x.shape[-1] // side)
     if alpha < 1:
         x = torch.lerp(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x, alpha)
     return x
 
 
 class ScaledConv(nn.Conv2d):
-    """A conv whose weights are kept at N(0, 1), and multiplied by gain / √fan_in where it is used.
+    """A conv, followed by a leaky ReLU if it is not `linear`.
 
-    So one rate of Adam, whose steps are of one size, is the same relative change in every layer.
+    Its weights are kept at N(0, 1), and multiplied by gain / √fan_in where they are used: one rate
+    of Adam, whose steps are of one size, is then the same relative change in every layer.
     """
 
-    def __init__(self, c_in, c_out, kernel, padding=0, gain=math.sqrt(2)):
+    def __init__(self, c_in, c_out, kernel, padding=0, linear=False):
         super().__init__(c_in, c_out, kernel, padding=padding)
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
+        gain = 1 if linear else math.sqrt(2)
         self.scale = gain / math.sqrt(c_in * kernel**2)
+        self.linear = linear
 
     def forward(self, h):
-        return self._conv_forward(h, self.weight * self.scale, self.bias)
+        h = self._conv_forward(h, self.weight * self.scale, self.bias)
+        return h if self.linear else F.leaky_relu(h, 0.2)
 
 
 class PixelNorm(nn.Module):
@@ -434,61 +427,53 @@ class PixelNorm(nn.Module):
 
 
 def minibatch_deviation(h):
-    """How much images differ: h (B, C, H, W) gets one map more, constant over each group of 4.
+    """One map more: the standard deviation over 4 images, averaged over (C, H, W), B/4 numbers.
 
-    Its value is the standard deviation over the group, averaged over maps and pixels: samples that
-    are all alike have a small one. Groups are of neighbours, so that real images and fakes of one
-    pass are not mixed.
+    D sees by it if samples are all alike. The 4 are neighbours: no group mixes real and fake.
     """
     group = math.gcd(4, len(h))
-    deviation = h.float().unflatten(0, (-1, group)).var(1, correction=0).add(1e-8).sqrt()
-    values = deviation.mean((1, 2, 3)).repeat_interleave(group)  # (B,)
-    maps = values.to(h.dtype)[:, None, None, None].expand(-1, 1, *h.shape[2:])
+    variance = h.float().unflatten(0, (-1, group)).var(1, correction=0)  # (B/4, C, H, W)
+    deviation = torch.sqrt(variance + 1e-8).mean((1, 2, 3), keepdim=True).to(h.dtype)
+    maps = deviation.repeat_interleave(group, 0).expand(-1, 1, *h.shape[2:])
     return torch.cat([h, maps], 1)
 
 
 class Growing(nn.Module):
-    """Networks with a layer for each side, of which those up to `side` are used, the newest by α.
+    """Networks with layers for each side, of which those up to 4 · 2^level are in use.
 
-    What is blended with them, by 1 - α, is the network without these layers.
+    The newest count by the share `alpha`, and by 1 - alpha what the network was without them.
     """
 
-    def __init__(self, size):
+    def __init__(self, maps):
         super().__init__()
-        self.size = size
-        self.side = size
+        self.level = len(maps) - 1
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
-    @property
-    def level(self):
-        """How many doublings of 4x4 are in use."""
-        return self.side.bit_length() - 3
-
-    def blend(self, smaller, h):
-        """The network without its newest layers, and with them -> what it gives."""
-        alpha = self.alpha.to(h.dtype)
-        return (1 - alpha) * smaller + alpha * h
+    def blend(self, without, with_newest):
+        """What the network is without its newest layers, and with them -> what it is now."""
+        alpha = self.alpha.to(with_newest.dtype)
+        return (1 - alpha) * without + alpha * with_newest
 
 
 class GrowingDecoder(Growing):
-    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, without a bound.
+    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded.
 
-    The averaged decoder, which is in eval mode, enlarges its images to `size`.
+    The averaged decoder, which is in eval mode, enlarges its images to full size.
     """
 
     def __init__(self, latent, channels, maps):
-        super().__init__(2 * 2**len(maps))
+        super().__init__(maps)
+        # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something to
+        # q(z|x), and to the KL.
+        c = maps[0]
         self.blocks = nn.ModuleList([nn.Sequential(
-            # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something
-            # to q(z|x), and to the KL.
-            ScaledConv(latent, maps[0], 4, padding=3), nn.LeakyReLU(0.2), PixelNorm(),  # 1x1 to 4x4
-            ScaledConv(maps[0], maps[0], 3, padding=1), nn.LeakyReLU(0.2), PixelNorm())])
-        for c_in, c_out in zip(maps, maps[1:]):
+            ScaledConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
+            ScaledConv(c, c, 3, padding=1), PixelNorm())])
+        for c, next_c in zip(maps, maps[1:]):
             self.blocks.append(nn.Sequential(
-                nn.Upsample(scale_factor=2),
-                ScaledConv(c_in, c_out, 3, padding=1), nn.LeakyReLU(0.2), PixelNorm(),
-                ScaledConv(c_out, c_out, 3, padding=1), nn.LeakyReLU(0.2), PixelNorm()))
-        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, gain=1) for c in maps])
+                nn.Upsample(scale_factor=2), ScaledConv(c, next_c, 3, padding=1), PixelNorm(),
+                ScaledConv(next_c, next_c, 3, padding=1), PixelNorm()))
+        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, linear=True) for c in maps])
 
     def forward(self, z):
         h = z[:, :, None, None]
@@ -497,94 +482,85 @@ class GrowingDecoder(Growing):
         smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
         h = self.blocks[self.level](h)
         x = self.blend(smaller, self.to_image[self.level](h).float())
-        if not self.training:
-            x = F.interpolate(x, size=self.size)
-        return x
+        if self.training:
+            return x
+        return F.interpolate(x, scale_factor=2**(len(self.blocks) - 1 - self.level))
 
 
 class GrowingBody(Growing):
-    """ProGAN's discriminator down to 4x4: image (B, C, side, side) -> 8x8 map, 4x4 map.
+    """ProGAN's discriminator but for its score: image -> its 8x8 map, and features (B, c, 1, 1).
 
-    Both have as many features as `maps` says. Larger images are averaged down to `side`.
+    Images larger than its side are averaged down to it.
     """
 
-    def __init__(self, channels, maps):
-        super().__init__(2 * 2**len(maps))
-        self.from_image = nn.ModuleList()
-        for c in maps:
-            self.from_image.append(nn.Sequential(ScaledConv(channels, c, 1), nn.LeakyReLU(0.2)))
+    def __init__(self, channels, maps, deviation):
+        super().__init__(maps)
+        self.deviation = deviation
+        self.from_image = nn.ModuleList([ScaledConv(channels, c, 1) for c in maps])
         self.blocks = nn.ModuleList()  # each halves the side: from 8, from 16, …
-        for c_out, c_in in zip(maps, maps[1:]):
-            self.blocks.append(nn.Sequential(
-                ScaledConv(c_in, c_in, 3, padding=1), nn.LeakyReLU(0.2),
-                ScaledConv(c_in, c_out, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)))
+        for next_c, c in zip(maps, maps[1:]):
+            self.blocks.append(nn.Sequential(ScaledConv(c, c, 3, padding=1),
+                                             ScaledConv(c, next_c, 3, padding=1), nn.AvgPool2d(2)))
+        c = maps[0]
+        self.last = nn.Sequential(ScaledConv(c + deviation, c, 3, padding=1),
+                                  ScaledConv(c, c, 4))  # 4x4 to 1x1
 
     def forward(self, x):
-        x = F.avg_pool2d(x, x.shape[-1] // self.side)
-        h = self.from_image[self.level](x)
-        map_8 = h
-        h = self.blocks[self.level - 1](h)
+        x = F.avg_pool2d(x, x.shape[-1] // (4 * 2**self.level))
+        map_8 = self.from_image[self.level](x)
+        h = self.blocks[self.level - 1](map_8)
         h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
         for block in reversed(self.blocks[:self.level - 1]):
             map_8 = h
             h = block(h)
-        return map_8, h
-
-
-def last_layers(c_in, c):
-    """A 4x4 map (B, c_in, 4, 4) -> features (B, c, 1, 1)."""
-    return nn.Sequential(ScaledConv(c_in, c, 3, padding=1), nn.LeakyReLU(0.2),
-                         ScaledConv(c, c, 4), nn.LeakyReLU(0.2))
+        if self.deviation:
+            h = minibatch_deviation(h)
+        return map_8, self.last(h)
 
 
 class GrowingEncoder(nn.Module):
     """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
 
-    NOTE(paper): the encoder has spectral norm at 32x32. Here weights are scaled already, and both
-    would undo each other. It has no minibatch deviation: an image's code is its own.
+    NOTE(paper): no spectral norm, as at 32x32: it would undo the scale of the weights. No minibatch
+    deviation: an image's code is its own.
     """
 
     def __init__(self, latent, channels, maps):
         super().__init__()
-        self.body = GrowingBody(channels, maps)
-        self.last = last_layers(maps[0], maps[0])
-        self.linear = ScaledConv(maps[0], 2 * latent, 1, gain=1)
+        self.body = GrowingBody(channels, maps, deviation=False)
+        self.linear = ScaledConv(maps[0], 2 * latent, 1, linear=True)
 
     def forward(self, x):
         _, h = self.body(x)
-        mean, log_var = self.linear(self.last(h)).flatten(1).float().chunk(2, 1)
+        mean, log_var = self.linear(h).flatten(1).float().chunk(2, 1)
         return mean, log_var.clamp(max=20)
 
 
 class GrowingDiscriminator(nn.Module):
     """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
 
-    NOTE(paper): where in ProGAN the contrast is taken is not said. Here from the 8x8 map, which
-    networks of all sides have, and from the last features; where `final` is not contrasted, it is
-    these themselves, for --loss vaegan.
+    NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
+    all sides have, and the last features. Without a contrast `final` is these themselves.
     """
 
     def __init__(self, channels, maps, layers):
         super().__init__()
-        self.body = GrowingBody(channels, maps)
-        self.last = last_layers(maps[0] + 1, maps[0])
-        self.score = ScaledConv(maps[0], 1, 1, gain=1)
+        self.body = GrowingBody(channels, maps, deviation=True)
+        self.score = ScaledConv(maps[0], 1, 1, linear=True)
         self.heads = nn.ModuleDict()
         if "b8" in layers:
-            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, gain=1),
-                                             ScaledConv(1, FEATURE_DIM, 8, gain=1), nn.Flatten())
+            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, linear=True),
+                                             ScaledConv(1, FEATURE_DIM, 8, linear=True))
         if "final" in layers:
-            self.heads["final"] = nn.Sequential(ScaledConv(maps[0], FEATURE_DIM, 1, gain=1),
-                                                nn.Flatten())
+            self.heads["final"] = ScaledConv(maps[0], FEATURE_DIM, 1, linear=True)
 
     def forward(self, x, where=None):
         map_8, h = self.body(x)
-        last = self.last(minibatch_deviation(h))
-        features = {"b8": map_8, "final": last}
+        features = {"b8": map_8, "final": h}
         for name, head in self.heads.items():
             features[name] = head(features[name])
-        features["final"] = features["final"].flatten(1)
-        return self.score(last).flatten().float(), features
+        features = {name: values.flatten(1) for name, values in features.items()}
+        return self.score(h).flatten().float(), features
 
 
 # ---- Losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms -------
@@ -646,8 +622,7 @@ def autoencoder_gan(kind, reconstructed, sampled):
 def gradient_penalty(discriminator, real, fake):
     """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
 
-    WGAN-GP's, which keeps D's slope near 1 (Gulrajani et al. 2017). Its own gradient needs second
-    derivatives of D; in fp32.
+    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). fp32: it takes second derivatives.
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     between = torch.lerp(fake, real, share).requires_grad_()
@@ -677,21 +652,16 @@ WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of enc
 
 
 def networks(cfg, channels, size, layers):
-    """Encoder, decoder and discriminator of --backbone; --loss vae has no discriminator."""
-    discriminator = None
+    """Encoder, decoder and discriminator of --backbone."""
     if cfg.backbone == "progan":
         maps = feature_maps(cfg, size)
-        encoder = GrowingEncoder(cfg.latent, channels, maps)
-        decoder = GrowingDecoder(cfg.latent, channels, maps)
-        if cfg.loss != "vae":
-            discriminator = GrowingDiscriminator(channels, maps, layers)
-        return encoder, decoder, discriminator
+        return (GrowingEncoder(cfg.latent, channels, maps),
+                GrowingDecoder(cfg.latent, channels, maps),
+                GrowingDiscriminator(channels, maps, layers))
     decoder_width, width = WIDTHS["small" if cfg.small else "full"]
-    encoder = Encoder(channels, width, cfg.latent)
-    decoder = Decoder(cfg.latent, decoder_width, channels, size)
-    if cfg.loss != "vae":
-        discriminator = Discriminator(channels, width, size, layers)
-    return encoder, decoder, discriminator
+    return (Encoder(channels, width, cfg.latent),
+            Decoder(cfg.latent, decoder_width, channels, size),
+            Discriminator(channels, width, size, layers))
 
 
 def parse_layers(cfg):
@@ -720,6 +690,8 @@ class DCVAE(nn.Module):
         # the first block, as here.
         self.layers = parse_layers(cfg) if self.contrastive else ()
         self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
+        if cfg.loss == "vae":
+            self.discriminator = None
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:
             # Keys come from a slow average of D, so that the older ones in the queue are comparable
@@ -748,7 +720,7 @@ class DCVAE(nn.Module):
         """Use growing networks up to `side`, their newest layers by the share `alpha`."""
         for network in self.modules():
             if isinstance(network, Growing):
-                network.side = side
+                network.level = side.bit_length() - 3
                 network.alpha.fill_(alpha)
 
     # -- losses ------------------------------------------------------------------------------------
@@ -937,11 +909,10 @@ def train(cfg, model, images, folder, checkpoint):
         phases = 2 * int(math.log2(images.size / FIRST_SIDE))
         cfg.phase_steps = max(1, total // 2 // phases)
     reference = fid_reference(cfg, images)
-    # One Adam serves both players: it passes over parameters without a gradient, and each parameter
-    # has its own moments and its own count of updates.
+    # One Adam serves both players: it passes over parameters without a gradient, as layers to come
+    # are, and each parameter has its own moments and its own count of updates. NOTE(paper): ProGAN
+    # begins all moments anew with each side.
     learned = [p for p in model.parameters() if p.requires_grad]
-    # Layers that have not grown yet have no gradients either. NOTE(paper): ProGAN begins all
-    # moments anew with each side; here the older layers keep theirs.
     beta2 = 0.9 if cfg.backbone == "autogan" else 0.99
     optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2))
     if checkpoint is None:
@@ -957,9 +928,9 @@ def train(cfg, model, images, folder, checkpoint):
     if cfg.gan == "wgan":  # nor can it compile the gradient of a gradient
         cfg = dataclasses.replace(cfg, compile=False)
     # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
-    # One player's update leaves the other's parameters without gradients: DDP must be told.
-    two_players = model.discriminator is not None
-    player_terms = parallel(cfg, model, find_unused_parameters=two_players)
+    # An update leaves the other player, and layers to come, without gradients: DDP must be told.
+    unused = model.discriminator is not None or cfg.grow
+    player_terms = parallel(cfg, model, find_unused_parameters=unused)
 
     rows = []  # the terms of the steps since the last progress line
     steps = range(state["step"] + 1, total + 1)
@@ -991,10 +962,7 @@ def batches_of(cfg, images, side, d_steps):
 
 
 def training_images(cfg, model, images, steps, d_steps):
-    """Bring the model to the side of each step -> the images of that step, one step after another.
-
-    (d_steps·B, C, side, side), this process's share.
-    """
+    """Bring the model to each step's side, and yield its images, (d_steps·B, C, side, side)."""
     rank, world = processes()
     trained_side = None
     for step in steps:
@@ -1151,8 +1119,6 @@ def evaluate(cfg, model, images, folder, state):
             "device": cfg.device, "dtype": cfg.dtype,
         }
         save_figures(cfg, model, images.test, folder, "test")
-        if cfg.grow:
-            save_sides(cfg, model, folder, state["step"])
         save_interpolations(cfg, model, images, folder)
         save_mixing(cfg, model, images, folder)
         save_editing(cfg, model, images, folder)
@@ -1255,20 +1221,6 @@ def save_figures(cfg, model, images, folder, name):
     reconstructed = f"{name}-draw.png" if cfg.draw_code else f"{name}.png"
     save_grid(folder / "samples" / sampled, model.sample(64))
     save_grid(folder / "reconstructions" / reconstructed, x, model.reconstruct(x))
-
-
-def save_sides(cfg, model, folder, step):
-    """sides/: what eight codes are at every side, from 8x8 to --size, a row for each."""
-    z = torch.randn(8, cfg.latent, device=cfg.device)
-    size = model.decode(z).shape[-1]
-    rows = []
-    side = FIRST_SIDE
-    while side <= growth(cfg, size, step)[0]:
-        model.grow(side, 1.0)
-        rows.append(model.decode(z))
-        side *= 2
-    model.grow(*growth(cfg, size, step))
-    save_grid(folder / "sides" / "test.png", torch.cat(rows))
 
 
 def first_images(array, count, device):

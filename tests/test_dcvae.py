@@ -657,14 +657,19 @@ def test_sizes_that_are_not_doublings_of_4():
 
 
 def test_scaled_weights_keep_the_variance():
-    """Else a layer's gain is not √2, or its fan-in is not k²·c_in: noise of variance 1 gets 2."""
+    """Else a gain is not √2 before a leaky ReLU, 1 elsewhere, or a fan-in is not k²·c_in.
+
+    Noise of mean square 1 gets variance 2; the ReLU leaves (1 + 0.2²)/2 of it.
+    """
     h = torch.randn(64, 40, 8, 8)
     for kernel, padding in ((1, 0), (3, 0), (8, 0), (4, 3)):
-        conv = dcvae.ScaledConv(40, 500, kernel, padding)
-        variance = conv(h)[:, :, padding:8 - padding, padding:8 - padding].var().item()
-        assert variance == pytest.approx(2, rel=0.1)
-        assert conv.weight.var().item() == pytest.approx(1, rel=0.1)
-        assert (conv.bias == 0).all()
+        for linear, expected in ((True, 1), (False, 1.04)):
+            conv = dcvae.ScaledConv(40, 500, kernel, padding, linear)
+            inside = slice(padding, 8 - padding)
+            square = conv(h)[:, :, inside, inside].square().mean().item()
+            assert square == pytest.approx(expected, rel=0.05)
+            assert conv.weight.var().item() == pytest.approx(1, rel=0.1)
+            assert (conv.bias == 0).all()
 
 
 def test_pixel_norm():
@@ -788,8 +793,8 @@ def test_sides_batches_and_layers_of_a_growing_run(tmp_path):
         assert torch.equal(before[f"{name}.to_image.2.weight"], after[f"{name}.to_image.2.weight"])
         assert not torch.equal(before[f"{name}.to_image.1.weight"],
                                after[f"{name}.to_image.1.weight"])
-    assert torch.equal(before["encoder.body.from_image.2.0.weight"],
-                       after["encoder.body.from_image.2.0.weight"])
+    assert torch.equal(before["encoder.body.from_image.2.weight"],
+                       after["encoder.body.from_image.2.weight"])
     shown = model.sample(2)
     assert shown.shape == (2, 3, 16, 16)  # in figures as large as the images
     assert torch.equal(shown, F.interpolate(F.avg_pool2d(shown, 2), scale_factor=2))

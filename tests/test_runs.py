@@ -280,8 +280,7 @@ def test_dcvae_results_and_figures(finished):
     assert valid.keys() == {"step", "split", "seconds", "pixel_distance", "kl", "kl_per_dim",
                             "active"}
     assert figures_of(folder) == {"samples/test", "reconstructions/test", "interpolations/test",
-                                  "mixing/test", "editing/test-0-3",
-                                  *(["sides/test"] if config["grow"] else [])}
+                                  "mixing/test", "editing/test-0-3"}
     mixing = decoded(folder / "mixing" / "test.png")
     assert (mixing[2:2 + size, 2:2 + size] == 255).all()  # no image in the corner
     assert mixing.shape == decoded(folder / "interpolations" / "test.png").shape
