@@ -12,6 +12,10 @@
                                        seconds: draws of x given y by a selfvae.py without and with
                                        --block 2, and how far d of them is from y
 
+    python docs/figures.py sides RUN_FOLDER
+                                       a second: what a growing dcvae.py made of the same codes
+                                       at the end of each side, from its samples/
+
 Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
 from `python realnvp.py --dataset moons`.
 """
@@ -24,12 +28,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Independent, Normal
+from torchvision.io import read_image
+from torchvision.utils import save_image
 
 FOLDER = Path(__file__).resolve().parent / "figures"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (  # noqa: E402 (needs the path above)
     Batches, dmol_log_prob, from_uint8, load_images, log_mean_exp)
+import dcvae  # noqa: E402
 from realnvp import Couplings, mlp  # noqa: E402
 import selfvae  # noqa: E402
 import vae  # noqa: E402
@@ -339,11 +346,24 @@ def blocks(*runs, data_dir="data"):
     selfvae.save_grid(FOLDER / "blocks.png", *rows)
 
 
+def sides(run):
+    """The first row of a run's last samples/ at every side, one below the other."""
+    run = Path(run)
+    cfg = dcvae.Config(**torch.load(run / "last.pt", weights_only=True)["config"])
+    size = load_images(cfg.dataset, cfg.data_dir, cfg.size).size
+    last = {}
+    for path in sorted((run / "samples").glob("[0-9]*.png")):
+        side, alpha = dcvae.growth(cfg, size, int(path.stem))
+        if alpha == 1:
+            last[side] = read_image(path)[:, :size + 2]
+    save_image(torch.cat(list(last.values()), 1) / 255, FOLDER / "sides.png")
+
+
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "blocks": blocks}
-    folders = {"tighten": 1, "blocks": 2}
+               "blocks": blocks, "sides": sides}
+    folders = {"tighten": 1, "blocks": 2, "sides": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)

@@ -7,6 +7,8 @@
                                             forward passes
     python tests/benchmark.py sampling      seconds to sample 1 and 100 images
     python tests/benchmark.py roof          GFLOP/s of large matrix products, to hold steps against
+    python tests/benchmark.py sides         dcvae.py on ProGAN's networks, grown to 512x512: a step
+                                            of each side, stable and fading
     python tests/benchmark.py streaming     a set that is read from disk against the same in memory
     python tests/benchmark.py step vae 32 0 32 bf16
                                             one: script, side, levels, batch, mode; see `measure`
@@ -17,6 +19,7 @@ Each train step is measured in a process of its own.
 import contextlib
 import importlib
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -300,13 +303,48 @@ def streaming(gib=6, side=64):
             print(f"{name} ({kept}): {sum(times[2:]) / 20:.3f} s a step of 32 images", flush=True)
 
 
+def sides(size=512, batch=4):
+    """The second of two steps of every phase of dcvae.py grown to `size`, full width, bf16.
+
+    The batch is the same at every side: ProGAN's at 512x512, smaller than its others.
+    """
+    def few(cfg, images, side, d_steps):
+        return common.Batches(images.train, batch, DEVICE)
+
+    dcvae.batches_of = few
+    dcvae.validate = nothing
+    cfg = dcvae.Config(backbone="progan", size=size, phase_steps=2, dtype="bf16", device=DEVICE)
+    cfg.log_every = 1
+    cfg.steps = 2 * (1 + 2 * int(math.log2(size / dcvae.FIRST_SIDE)))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), np.uint8)
+    images = common.Images("noise", size, pixels[:18], pixels[18:], pixels[18:], None, False)
+    model = dcvae.DCVAE(cfg, (3, size, size)).to(DEVICE, memory_format=torch.channels_last)
+    print("| side | α | seconds a step | µs a pixel | GiB so far |\n|---|---|---|---|---|")
+    times = []
+
+    def note(folder, state, total, terms, batch_size, dims=None):
+        times.append(time.perf_counter())
+        if state["step"] % 2 == 1:
+            return
+        side, alpha = dcvae.growth(cfg, size, state["step"] - 1)
+        seconds = times[-1] - times[-2]
+        share = "1" if alpha == 1 else "0 to 1"
+        print(f"| {side} | {share} | {seconds:.2f} | {1e6 * seconds / (batch * side**2):.1f} "
+              f"| {peak():.2f} |", flush=True)
+
+    dcvae.log_training = note
+    with tempfile.TemporaryDirectory() as folder:
+        dcvae.train(cfg, model, images, Path(folder), None)
+
+
 def main(words):
     """One of the commands above; none: the train steps."""
     if words[:1] == ["step"]:
         script, side, levels, batch, mode = words[1:]
         measure(script, int(side), int(levels), int(batch), mode)
     elif words:
-        commands = {f.__name__: f for f in (growth, importance, sampling, roof, streaming)}
+        commands = {f.__name__: f for f in (growth, importance, sampling, roof, sides,
+                                             streaming)}
         command = commands[words[0]]
         command()
     else:
