@@ -175,7 +175,7 @@ def _store(folder, splits):
             _store_images(partial, split, count, images)
             if labels is not None:
                 np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
-    except UserError:  # the images are to be mended: they will be others
+    except UserError:  # a broken file will be replaced or removed: positions mean other images then
         shutil.rmtree(partial)
         raise
     for note in partial.glob("*.done"):
@@ -190,11 +190,21 @@ def _store_images(folder, split, count, images):
     """
     path = folder / f"{split}.npy"
     note = folder / f"{split}.done"
-    first = int(note.read_text()) if note.exists() else 0
-    if first:
+    shape = (count, *images[0].shape)
+    first = 0
+    if note.exists():
         array = np.lib.format.open_memmap(path, "r+")
-    else:
-        array = np.lib.format.open_memmap(path, "w+", np.uint8, (count, *images[0].shape))
+        if array.shape == shape:  # else the source has got other images since
+            first = int(note.read_text())
+    if first == 0:
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+    def take_note(done):
+        array.flush()
+        aside = note.with_suffix(".tmp")
+        aside.write_text(str(done))
+        os.replace(aside, note)
+
     began = time.perf_counter()
     noted = began
     done = first
@@ -204,13 +214,12 @@ def _store_images(folder, split, count, images):
             done += 1
             now = time.perf_counter()
             if now > noted + 30:
-                note.write_text(str(done))
+                take_note(done)
                 noted = now
                 left = (now - began) / (done - first) * (count - done)
                 print(f"{done:,} of {count:,} {split} images, {clock(left)} left", flush=True)
     finally:
-        array.flush()
-        note.write_text(str(done))
+        take_note(done)
 
 
 class Made:
@@ -325,7 +334,7 @@ def _celeba_splits(data_dir, size):
 def _celebahq_splits(data_dir, size):
     """Of {data_dir}/celebahq's 30,000 images the last 1,000 by name are test (DC-VAE, Table 8).
 
-    The paper does not say which 1,000. Of another number it is one in 30.
+    The paper does not say which 1,000. Where there are not 30,000 it is one in 30.
     """
     paths = _images_of(data_dir / "celebahq", "CelebA-HQ: the 30,000 images")
     n_test = max(1, len(paths) // 30)
@@ -334,7 +343,7 @@ def _celebahq_splits(data_dir, size):
 
 
 def _lsun_splits(data_dir, size):
-    """Bedrooms in {data_dir}/lsun; every tenth is test."""
+    """Bedrooms in {data_dir}/lsun, split as any folder."""
     folder = data_dir / "lsun"
     _images_of(folder, "LSUN: the bedrooms, exported from its lmdb as JPEG files,")
     return _folder_splits(folder, size)
@@ -515,19 +524,24 @@ class Batches:
         self.device = torch.device(device)
         self.seed = seed
         self.augment = augment
-        self.batch_size = batch_size
-        if batch_size > self.count:  # a small split is one batch, less what does not divide
-            self.batch_size = self.count // parts * parts or self.count
-        if self.batch_size % parts:
-            raise UserError(f"a step's {self.batch_size} images do not split into {parts} equal "
-                            "parts: processes, in dcvae.py times --d_steps")
-        self.per_epoch = self.count // self.batch_size
+        self.parts = parts
+        self.set_batch_size(batch_size)
         self.resident = self.count * math.prod(images.shape[1:]) <= RESIDENT_BYTES
         if self.resident:
             writable = np.require(images[:self.count], requirements="W")
             self.images = torch.from_numpy(writable).to(self.device)
         self.epoch = None
         self.order = None
+
+    def set_batch_size(self, batch_size):
+        """From now on steps have so many images; a small split is one batch."""
+        self.batch_size = batch_size
+        if batch_size > self.count:  # less what does not divide
+            self.batch_size = self.count // self.parts * self.parts or self.count
+        if self.batch_size % self.parts:
+            raise UserError(f"a step's {self.batch_size} images do not split into {self.parts} "
+                            "equal parts: processes, in dcvae.py times --d_steps")
+        self.per_epoch = self.count // self.batch_size
 
     def batch(self, step, rank=0, world=1):
         """The batch of step 0, 1, 2, …, or the share that process `rank` of `world` has of it.
@@ -947,17 +961,18 @@ class VGGFeatures(nn.Module):
         self.net = _load(net, weights_path).features[:index + 1]
 
     def forward(self, x):
-        return self.layers(x)[-1]
+        return self.at(x, [len(self.net) - 1])[0]
 
-    def layers(self, x):
-        """The output of every layer, a list."""
+    def at(self, x, indices):
+        """The outputs of the layers with these indices, a list."""
         x = (x.float().expand(-1, 3, -1, -1) + 1) / 2
         h = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         outputs = []
         with torch.autocast(x.device.type, enabled=False):
-            for layer in self.net:
+            for i, layer in enumerate(self.net):
                 h = layer(h)
-                outputs.append(h)
+                if i in indices:
+                    outputs.append(h)
         return outputs
 
 
@@ -969,26 +984,28 @@ class LPIPS(nn.Module):
     lpips. UserError if it holds others.
     """
 
-    RELUS = (3, 8, 15, 22, 29)
+    CHANNELS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # of each of these ReLUs, by its index
 
     def __init__(self, weights_path, lpips_path):
         super().__init__()
-        self.vgg = VGGFeatures(weights_path, self.RELUS[-1])
+        self.vgg = VGGFeatures(weights_path, max(self.CHANNELS))
+        self.lin = nn.ModuleList()
         try:
             state = torch.load(lpips_path, map_location="cpu", weights_only=True)
-            # (1, channels, 1, 1) each
-            self.weights = [state[f"lin{i}.model.1.weight"] for i in range(5)]
-        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{lpips_path} holds no weights of LPIPS: {error!r}") from None
+            for i, channels in enumerate(self.CHANNELS.values()):
+                self.lin.append(nn.Conv2d(channels, 1, 1, bias=False))
+                self.lin[i].load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError,
+                pickle.UnpicklingError):
+            raise UserError(f"{lpips_path} holds no weights of LPIPS on VGG-16") from None
+        self.requires_grad_(False)
 
     def forward(self, x, y):
-        of_x = self.vgg.layers(x)
-        of_y = self.vgg.layers(y)
         distance = 0
-        for relu, weight in zip(self.RELUS, self.weights):
-            difference = F.normalize(of_x[relu], dim=1) - F.normalize(of_y[relu], dim=1)
-            weighted = weight.to(x.device) * difference.square()
-            distance = distance + weighted.sum(1).mean((1, 2))
+        for weigh, of_x, of_y in zip(self.lin, self.vgg.at(x, self.CHANNELS),
+                                     self.vgg.at(y, self.CHANNELS)):
+            difference = F.normalize(of_x, dim=1) - F.normalize(of_y, dim=1)
+            distance = distance + weigh(difference.square()).mean((1, 2, 3))
         return distance
 
 
@@ -1010,7 +1027,7 @@ def perceptual_distance(vgg, x, y):
 
 
 def slerp(z1, z2, t):
-    """Points of the arcs from z1 to z2 (N, L) at t (N, 1): near an arc's ends a Gaussian's length.
+    """Points of the arcs from z1 to z2 (N, L) at t (N, 1), in many dimensions as long as the ends.
 
     A straight line between two draws of N(0, 1) comes nearer to 0 than draws do.
     """
@@ -1026,7 +1043,7 @@ def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=
     The mean of distance(G(z_t), G(z_{t+ε})) / ε², z_t at a random share t of the path `between` two
     draws of N(0, 1), in `distance`'s unit. Of all `pairs` the lowest and the highest 1 % are left
     out. Images of more than 256 pixels a side are averaged down. Everything in fp32: differences
-    of 10⁻⁴ vanish in bf16.
+    of 10⁻⁴ vanish in bf16, and in a GPU's TF32.
     """
     lengths = []
     for start in range(0, pairs, 50):
@@ -1034,7 +1051,8 @@ def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=
         z1 = torch.randn(count, latent, device=device)
         z2 = torch.randn(count, latent, device=device)
         t = torch.rand(count, 1, device=device)
-        with torch.autocast(z1.device.type, enabled=False):
+        with (torch.autocast(z1.device.type, enabled=False),
+              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
             x = decode(between(z1, z2, t))
             y = decode(between(z1, z2, t + epsilon))
             if x.shape[-1] > 256:
@@ -1042,7 +1060,8 @@ def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=
                 y = F.avg_pool2d(y, y.shape[-1] // 256)
             lengths.append(distance(x, y) / epsilon**2)
     lengths = torch.cat(lengths)
-    lowest, highest = lengths.quantile(lengths.new_tensor([0.01, 0.99]))
+    lowest = lengths.quantile(0.01, interpolation="lower")
+    highest = lengths.quantile(0.99, interpolation="higher")
     return lengths[(lengths >= lowest) & (lengths <= highest)].mean().item()
 
 
@@ -1051,15 +1070,17 @@ def path_length_metrics(decode, latent, pairs, device, lpips_path=None):
 
     LPIPS with its weights at `lpips_path`, else `perceptual_distance`: another unit.
     """
-    def lpips(vgg_path):
-        return LPIPS(vgg_path, lpips_path)
-
-    network = load_network(lpips if lpips_path else VGGFeatures, VGG_URL, "path length", device)
+    Network = VGGFeatures
+    unit = "VGG ReLU 4_3"
+    if lpips_path:
+        Network = functools.partial(LPIPS, lpips_path=lpips_path)
+        unit = "LPIPS"
+    network = load_network(Network, VGG_URL, "path length", device)
     if network is None:
         return {}
     distance = network if lpips_path else functools.partial(perceptual_distance, network)
     return {"path_length": path_length(decode, distance, latent, pairs, device),
-            "path_length_pairs": pairs, "path_length_in": "LPIPS" if lpips_path else "VGG ReLU 4_3"}
+            "path_length_pairs": pairs, "path_length_in": unit}
 
 
 def feature_statistics(inception, batches):

@@ -68,19 +68,19 @@ def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
 
 
 DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGAN's
-    "autogan": {"latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False, "gan": "hinge",
-                "contrast_layers": "b1,final"},
-    "progan": {"latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True, "gan": "wgan",
-               "contrast_layers": "b8,final"},
+    "autogan": {"epochs": 800, "latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False,
+                "gan": "hinge", "contrast_layers": "b1,final"},
+    "progan": {"epochs": 100, "latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True,
+               "gan": "wgan", "contrast_layers": "b8,final"},
 }
 
 
 # Changed from vae.py: four losses, the discriminator's game, the contrast
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the released code's for CIFAR-10, and the paper's K.
+    """The flags. Defaults are the released code's for CIFAR-10, ProGAN's with its networks, and K.
 
-    Where these differ: docs/dcvae.md, section 11.
+    Where these differ from the paper: docs/dcvae.md, section 11.
     """
 
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder",
@@ -88,7 +88,7 @@ class Config:
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, 8 · n, progan 4 · 2ⁿ (default: the dataset's)",
+    size: int = flag(None, "side of the images, 8 · n, progan 16, 32, … (default: the dataset's)",
                      fixed=True)
     backbone: str = flag(None, "of networks (default: autogan below 64 pixels, else progan)",
                          fixed=True, choices=("autogan", "progan"))
@@ -96,8 +96,9 @@ class Config:
                      choices=("vae", "vaegan", "contrastive", "dcvae"))
     latent: int = flag(None, "L, dimensions of z (default 128, progan 512)", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(800, "passes over the training images; with a gan, encoder and decoder "
-                       "learn from 1 batch in --d_steps")
+    epochs: int = flag(None, "passes over the training images, counted at full size; with a gan, "
+                       "encoder and decoder learn from 1 batch in --d_steps (default 800, progan "
+                       "100)")
     steps: int = flag(None, "training steps, each with one update of encoder and decoder "
                       "(overrides --epochs)")
     # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
@@ -109,7 +110,7 @@ class Config:
                      fixed=True, low=0)
     grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
     phase_steps: int = flag(None, "progan: steps of each fade, and between fades (default: so that "
-                            "half of all steps are at full size)", fixed=True)
+                            "growing takes half of all steps)", fixed=True)
     kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
                             fixed=True, low=0)
     gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
@@ -179,6 +180,10 @@ class Config:
             feature_maps(self, self.size)
         if self.grow and self.backbone == "autogan":
             raise UserError("--grow is for --backbone progan")
+        if self.phase_steps and not self.grow:
+            raise UserError("--phase_steps is for a model that grows")
+        if self.lpips_weights and not Path(self.lpips_weights).is_file():
+            raise UserError(f"there is no {self.lpips_weights} (--lpips_weights)")
         if self.patch_after is not None and self.backbone == "progan":
             raise UserError("--patch_after is for --backbone autogan")
         parse_layers(self)
@@ -360,21 +365,20 @@ class Discriminator(nn.Module):
 
 # ---- The other backbone, for 64 pixels and more: Progressive GAN (Karras et al. 2018) ------------
 
-FIRST_SIDE = 8  # of growing networks: the contrast needs the 8x8 map. NOTE(paper): it begins at 4.
-
-
-MAPS = {"full": (512, 32), "small": (64, 16)}  # so many feature maps up to this side, then halved
+# NOTE(paper): growing begins at 4x4 there, but the contrast needs an 8x8 map.
+FIRST_SIDE = 8
+# So many feature maps up to this side, and half as many with each doubling.
+MAPS = {"full": (512, 32), "small": (64, 16)}
 
 
 def feature_maps(cfg, size):
     """Feature maps at the sides 4, 8, …, `size`. UserError if that is not 4 · 2ⁿ from 16 on."""
-    most, side = MAPS["small" if cfg.small else "full"]
-    maps = [most]
-    while 4 * 2**len(maps) <= size:
-        maps.append(min(most, most * side // (4 * 2**len(maps))))
-    if size < 16 or size != 2 * 2**len(maps):
-        raise UserError(f"--backbone progan makes images of 16, 32, 64 … pixels a side, not {size}")
-    return maps
+    most, side_of_most = MAPS["small" if cfg.small else "full"]
+    sides = [4 * 2**i for i in range(size.bit_length() - 2)]
+    if size < 16 or sides[-1] != size:
+        raise UserError(f"--backbone progan takes 16, 32, 64 … pixels a side, not {size}: "
+                        "--backbone autogan takes any multiple of 8")
+    return [min(most, most * side_of_most // side) for side in sides]
 
 
 def growth(cfg, size, step):
@@ -402,7 +406,7 @@ def at_side(x, side, alpha):
 class ScaledConv(nn.Conv2d):
     """A conv, followed by a leaky ReLU if it is not `linear`.
 
-    Its weights are kept at N(0, 1), and multiplied by gain / √fan_in where they are used: one rate
+    Its weights begin at N(0, 1), and are multiplied by gain / √fan_in where they are used: one rate
     of Adam, whose steps are of one size, is then the same relative change in every layer.
     """
 
@@ -423,13 +427,15 @@ class PixelNorm(nn.Module):
     """Each pixel's features divided by their root mean square: (B, C, H, W) -> same."""
 
     def forward(self, h):
-        return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)
+        # Autocast has rsqrt in fp32, and so would have all features that follow.
+        return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8).to(h.dtype)
 
 
 def minibatch_deviation(h):
     """One map more: the standard deviation over 4 images, averaged over (C, H, W), B/4 numbers.
 
-    D sees by it if samples are all alike. The 4 are neighbours: no group mixes real and fake.
+    D sees by it if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
+    Where B does not divide by 4, groups are of 2, or of 1, which tells nothing.
     """
     group = math.gcd(4, len(h))
     variance = h.float().unflatten(0, (-1, group)).var(1, correction=0)  # (B/4, C, H, W)
@@ -441,7 +447,8 @@ def minibatch_deviation(h):
 class Growing(nn.Module):
     """Networks with layers for each side, of which those up to 4 · 2^level are in use.
 
-    The newest count by the share `alpha`, and by 1 - alpha what the network was without them.
+    The newest count by the share `alpha`, and by 1 - alpha what the network was without them. Both
+    follow from the step, by `growth`: they are not in checkpoints.
     """
 
     def __init__(self, maps):
@@ -456,10 +463,7 @@ class Growing(nn.Module):
 
 
 class GrowingDecoder(Growing):
-    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded.
-
-    The averaged decoder, which is in eval mode, enlarges its images to full size.
-    """
+    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded."""
 
     def __init__(self, latent, channels, maps):
         super().__init__(maps)
@@ -481,10 +485,7 @@ class GrowingDecoder(Growing):
             h = block(h)
         smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
         h = self.blocks[self.level](h)
-        x = self.blend(smaller, self.to_image[self.level](h).float())
-        if self.training:
-            return x
-        return F.interpolate(x, scale_factor=2**(len(self.blocks) - 1 - self.level))
+        return self.blend(smaller, self.to_image[self.level](h).float())
 
 
 class GrowingBody(Growing):
@@ -511,7 +512,7 @@ class GrowingBody(Growing):
         h = self.blocks[self.level - 1](map_8)
         h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
         for block in reversed(self.blocks[:self.level - 1]):
-            map_8 = h
+            map_8 = h  # at last what the block from 8x8 to 4x4 reads
             h = block(h)
         if self.deviation:
             h = minibatch_deviation(h)
@@ -521,8 +522,8 @@ class GrowingBody(Growing):
 class GrowingEncoder(nn.Module):
     """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
 
-    NOTE(paper): no spectral norm, as at 32x32: it would undo the scale of the weights. No minibatch
-    deviation: an image's code is its own.
+    NOTE(paper): no spectral norm, which the encoder has at 32x32: it would undo the weights' scale.
+    No minibatch deviation: an image's code is its own.
     """
 
     def __init__(self, latent, channels, maps):
@@ -540,7 +541,7 @@ class GrowingDiscriminator(nn.Module):
     """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
 
     NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
-    all sides have, and the last features. Without a contrast `final` is these themselves.
+    all sides have, and the last features. Without a contrast `final` is the last features.
     """
 
     def __init__(self, channels, maps, layers):
@@ -675,7 +676,7 @@ def parse_layers(cfg):
 
 
 class DCVAE(nn.Module):
-    """The networks that --loss needs, for images of shape (C, H, W), H = W a multiple of 8."""
+    """The networks that --loss needs, for images of shape (C, H, W), H = W as --backbone can."""
 
     def __init__(self, cfg, image_shape):
         super().__init__()
@@ -689,6 +690,7 @@ class DCVAE(nn.Module):
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
         # the first block, as here.
         self.layers = parse_layers(cfg) if self.contrastive else ()
+        self.size = size
         self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
         if cfg.loss == "vae":
             self.discriminator = None
@@ -720,7 +722,7 @@ class DCVAE(nn.Module):
         """Use growing networks up to `side`, their newest layers by the share `alpha`."""
         for network in self.modules():
             if isinstance(network, Growing):
-                network.level = side.bit_length() - 3
+                network.level = side.bit_length() - 3  # side = 4 · 2^level
                 network.alpha.fill_(alpha)
 
     # -- losses ------------------------------------------------------------------------------------
@@ -762,7 +764,7 @@ class DCVAE(nn.Module):
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
             d_gan                           for gan, with B samples for B reconstructions
-            d_penalty                       with --gan wgan, half of it at reconstructions
+            d_penalty                       with --gan wgan, towards x̂ or x̃, at random
             d_contrast                      where keys are given
             accuracy                        of the contrast, only logged
         """
@@ -847,8 +849,12 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """z (…, L) -> images by the averaged decoder (…, C, H, W), on the pixel grid."""
-        return quantize(self.averaged_decoder(z.flatten(0, -2))).unflatten(0, z.shape[:-1])
+        """z (…, L) -> images by the averaged decoder (…, C, H, W), on the pixel grid.
+
+        Those of a network that has not grown up are enlarged.
+        """
+        x = F.interpolate(self.averaged_decoder(z.flatten(0, -2)), size=self.size)
+        return quantize(x).unflatten(0, z.shape[:-1])
 
     @torch.no_grad()
     def encode(self, x, draw=False):
@@ -903,15 +909,16 @@ def train(cfg, model, images, folder, checkpoint):
         label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
-    per_epoch = batches_of(cfg, images, images.size, d_steps).per_epoch
-    total = cfg.steps or cfg.epochs * per_epoch
+    data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
+                   parts=d_steps * world)  # not augmented
+    total = cfg.steps or cfg.epochs * data.per_epoch
     if cfg.grow and cfg.phase_steps is None:
-        phases = 2 * int(math.log2(images.size / FIRST_SIDE))
+        phases = 2 * (images.size // FIRST_SIDE).bit_length() - 2
         cfg.phase_steps = max(1, total // 2 // phases)
     reference = fid_reference(cfg, images)
-    # One Adam serves both players: it passes over parameters without a gradient, as layers to come
-    # are, and each parameter has its own moments and its own count of updates. NOTE(paper): ProGAN
-    # begins all moments anew with each side.
+    # One Adam serves both players: it passes over parameters without a gradient, such as those of
+    # larger sides, and each parameter has its own moments and its own count of updates.
+    # NOTE(paper): ProGAN begins all moments anew with each side.
     learned = [p for p in model.parameters() if p.requires_grad]
     beta2 = 0.9 if cfg.backbone == "autogan" else 0.99
     optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2))
@@ -921,28 +928,34 @@ def train(cfg, model, images, folder, checkpoint):
         state = restore(checkpoint, model, optimizer)
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
-    # SyncBatchNorm exists on GPUs only. torch.compile cannot trace it: --compile is off then.
-    if world > 1 and torch.device(cfg.device).type == "cuda":
+    synchronised = world > 1 and torch.device(cfg.device).type == "cuda"
+    if synchronised:  # SyncBatchNorm exists on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        cfg = dataclasses.replace(cfg, compile=False)
-    if cfg.gan == "wgan":  # nor can it compile the gradient of a gradient
+    # torch.compile can trace neither that nor the penalty's gradient of a gradient, and would begin
+    # anew at every side.
+    if synchronised or cfg.grow or (model.adversarial and cfg.gan == "wgan"):
         cfg = dataclasses.replace(cfg, compile=False)
     # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
-    # An update leaves the other player, and layers to come, without gradients: DDP must be told.
-    unused = model.discriminator is not None or cfg.grow
+    # An update leaves the other player, and layers of other sides, without gradients: DDP must be
+    # told.
+    unused = model.discriminator is not None or cfg.backbone == "progan"
     player_terms = parallel(cfg, model, find_unused_parameters=unused)
 
     rows = []  # the terms of the steps since the last progress line
-    steps = range(state["step"] + 1, total + 1)
-    for step, x in zip(steps, training_images(cfg, model, images, steps, d_steps)):
+    for step in range(state["step"] + 1, total + 1):
         state["step"] = step
         seed_noise(cfg.seed, step, rank)
-        batches = x.chunk(d_steps)
+        side, alpha = growth(cfg, images.size, step)
+        model.grow(side, alpha)
+        # Smaller images come in larger numbers, up to 128 an update.
+        times = max(1, min(128 // cfg.batch_size, images.size // side))
+        data.set_batch_size(times * d_steps * cfg.batch_size)
+        batches = at_side(data.batch(step - 1, rank, world), side, alpha).chunk(d_steps)
         rows.append(train_step(cfg, model, player_terms, optimizer, batches, step))
 
         validating = step % cfg.eval_every == 0 or step == total
         if validating or step % cfg.log_every == 0:
-            log_training(folder, state, total, rows, world * len(x))
+            log_training(folder, state, total, rows, data.batch_size)
             rows = []
         if validating:
             validate(cfg, model, images, folder, optimizer, state, reference)
@@ -952,26 +965,6 @@ def train(cfg, model, images, folder, checkpoint):
             save(folder / "last.pt", cfg, model, optimizer, state)
             state["saved"] = time.perf_counter()
     save(folder / "last.pt", cfg, model, optimizer, state)
-
-
-def batches_of(cfg, images, side, d_steps):
-    """Batches of a step at this side: smaller images come in larger numbers, up to 128."""
-    count = max(cfg.batch_size, min(128, cfg.batch_size * images.size // side))
-    return Batches(images.train, d_steps * count, cfg.device, cfg.seed,
-                   parts=d_steps * processes()[1])  # not augmented, as released
-
-
-def training_images(cfg, model, images, steps, d_steps):
-    """Bring the model to each step's side, and yield its images, (d_steps·B, C, side, side)."""
-    rank, world = processes()
-    trained_side = None
-    for step in steps:
-        side, alpha = growth(cfg, images.size, step)
-        if side != trained_side:
-            data = batches_of(cfg, images, side, d_steps)
-            trained_side = side
-        model.grow(side, alpha)
-        yield at_side(data.batch(step - 1, rank, world), side, alpha)
 
 
 def train_step(cfg, model, player_terms, optimizer, batches, step):
@@ -1202,7 +1195,9 @@ def probe(cfg, model, images):
         batches = Batches(getattr(images, split), 500, cfg.device, count=most[split])
         with inference(cfg, model):
             codes[split] = torch.cat([model.encode(x) for x in batches])
-            pixels[split] = torch.cat([x.flatten(1) for x in batches])
+            # Averaged down to 32 to 63 a side: 60,000 larger images would not fit into memory.
+            few = [F.avg_pool2d(x, max(1, images.size // 32)).flatten(1) for x in batches]
+            pixels[split] = torch.cat(few)
         labels[split] = label_values(cfg, images, split)[:batches.count].to(cfg.device)
     results = {"probe_images": len(codes["train"])}
     for name, features in (("probe", codes), ("pixels", pixels)):
@@ -1328,7 +1323,8 @@ def parse_flags(argv=None, run=None):
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
                 raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        kept = run.get(f.name, f.default) if run else value
+        # A run that is older than a flag has its default, if it is not one that others decide.
+        kept = run.get(f.name, value if f.default is None else f.default) if run else value
         if f.metadata["fixed"] and value != kept:
             raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:

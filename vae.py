@@ -754,7 +754,8 @@ def parse_flags(argv=None, run=None):
             if not low <= value <= high or math.isinf(value):
                 wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
                 raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        kept = run.get(f.name, f.default) if run else value
+        # A run that is older than a flag has its default, if it is not one that others decide.
+        kept = run.get(f.name, value if f.default is None else f.default) if run else value
         if f.metadata["fixed"] and value != kept:
             raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
     if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:

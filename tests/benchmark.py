@@ -308,10 +308,11 @@ def sides(size=512, batch=4):
 
     The batch is the same at every side: ProGAN's at 512x512, smaller than its others.
     """
-    def few(cfg, images, side, d_steps):
-        return common.Batches(images.train, batch, DEVICE)
+    def keep(self, batch_size):
+        self.batch_size = batch
+        self.per_epoch = self.count // batch
 
-    dcvae.batches_of = few
+    common.Batches.set_batch_size = keep
     dcvae.validate = nothing
     cfg = dcvae.Config(backbone="progan", size=size, phase_steps=2, dtype="bf16", device=DEVICE)
     cfg.log_every = 1

@@ -5,12 +5,14 @@
     python tests/longruns.py list       what is done, and how long the rest takes
     python tests/longruns.py table      the rows of docs/results.md, from docs/logs
     python tests/longruns.py keep       copy the logs and results of finished runs to docs/logs
+    python tests/longruns.py weights    write the trained models of finished runs to docs/models
 
-`run`, `list` and `keep` take parts of names, and leave out all other runs: `… run imagenette`.
+All but `table` take parts of names, and leave out all other runs: `… run imagenette`.
 Budgets are steps, so everybody gets the same run; `MINUTES` of one core are what they took on an
 AMD EPYC with AVX512-BF16 and torch 2.12. On a GPU take `--dtype auto` and `WORKERS` = 1.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -20,9 +22,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 LOGS = ROOT / "docs" / "logs"
+MODELS = ROOT / "docs" / "models"
 WORKERS = 2
 
 SMALL = "--small --dtype bf16 --log_every 250"
@@ -45,6 +50,9 @@ COMMANDS = {
     "imagenette-K2-block1-s0":
         f"selfvae.py --levels 2 --lr 6e-3 --steps 10000 {IMAGENETTE}",
     "imagenette-vae-block2-s0": f"vae.py --block 2 --steps 17500 {IMAGENETTE}",
+    "shapes-K1":
+        f"selfvae.py --levels 1 --block 2 --lr 6e-3 --steps 6000 {SMALL} --cooldown 0.2 "
+        "--batch_size 8 --eval_every 1500 --eval_images 2000 --iw_images 200 --iw_samples 16",
 }
 
 
@@ -110,6 +118,32 @@ def keep(name):
     print(f"kept {name}")
 
 
+def weights(name):
+    """Write the run's model alone, in fp16, to docs/models/{name}/best.pt, which --eval reads.
+
+    All tensors are views of one: each of its own would cost as much again for its place in the
+    file as a small one has numbers.
+    """
+    folder = RUNS / name
+    if not (folder / "results.json").exists():
+        return
+    path = folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = dict(checkpoint["model"])
+    floats = [key for key, values in model.items() if values.is_floating_point()]
+    flat = torch.cat([model[key].flatten() for key in floats]).half()
+    for key, part in zip(floats, flat.split([model[key].numel() for key in floats])):
+        model[key] = part.view(model[key].shape)
+    path = MODELS / name / "best.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"script": checkpoint["script"], "config": checkpoint["config"],
+                "state": checkpoint["state"], "model": model}, path)
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    commit = json.loads((folder / "config.json").read_text())["commit"][:7]
+    print(f"| {name} | `python {COMMANDS[name]} --name {name}` | {commit} "
+          f"| {path.stat().st_size / 1e6:.2f} | {sha} |")
+
+
 def row(name):
     """A row of docs/results.md: what the run's results and its last validation say."""
     results = json.loads((LOGS / f"{name}-results.json").read_text())
@@ -139,6 +173,10 @@ def main(action="run", *parts):
     elif action == "keep":
         for name in names:
             keep(name)
+    elif action == "weights":
+        print("| model | command | commit | MB | SHA-256 begins |\n|---|---|---|---|---|")
+        for name in names:
+            weights(name)
     elif action == "table":
         print("| run | steps | validation bpd | ELBO bpd | IW-16 bpd ± se | ELBO bpd, same images "
               "| RE | KL | parameters | minutes of a core |")
@@ -147,7 +185,7 @@ def main(action="run", *parts):
             if (LOGS / f"{name}-results.json").exists():
                 print(row(name))
     else:
-        sys.exit("python tests/longruns.py run, list, table or keep")
+        sys.exit("python tests/longruns.py run, list, table, keep or weights")
 
 
 if __name__ == "__main__":

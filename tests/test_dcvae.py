@@ -800,6 +800,29 @@ def test_sides_batches_and_layers_of_a_growing_run(tmp_path):
     assert torch.equal(shown, F.interpolate(F.avg_pool2d(shown, 2), scale_factor=2))
 
 
+def test_batches_of_small_sides_are_multiples_of_the_full_ones(tmp_path):
+    """Else processes that share the batch at full size cannot share it at 8x8: 12 there, not 16."""
+    model = progan()
+    seen = []
+    watch(model, seen)
+    play(tmp_path, steps=1, model=model, batch_size=6, backbone="progan", phase_steps=1)
+    assert {len(x) for _, x, _ in seen} == {12}
+
+
+@pytest.mark.parametrize("grow", [True, False])
+def test_processes_are_told_of_layers_without_gradients(tmp_path, monkeypatch, grow):
+    """Else DistributedDataParallel ends at the second step: layers of other sides have none."""
+    told = []
+
+    def parallel(cfg, model, **options):
+        told.append(options)
+        return model
+
+    monkeypatch.setattr(dcvae, "parallel", parallel)
+    play(tmp_path, backbone="progan", loss="vae", grow=grow)
+    assert told == [{"find_unused_parameters": True}]
+
+
 def test_growing_takes_half_of_the_steps_by_default(tmp_path):
     """Else a run ends before its images have their size: two phases from 8 to 16, of 10 steps."""
     cfg = Config(**{"small": True, "latent": 6, "negatives": 10, "batch_size": 4, "steps": 9,

@@ -497,6 +497,17 @@ def test_resume_knows_flags_that_are_gone(script):
     assert cfg == module.Config(small=True, steps=5, seed=3)
 
 
+def test_resume_of_a_run_that_is_older_than_flags():
+    """A flag that others decide takes what they say; one with a default had that, and keeps it."""
+    module = importlib.import_module("dcvae")
+    older = short_config("dcvae")
+    for name in ("backbone", "grow", "phase_steps", "ema"):
+        del older[name]
+    assert module.parse_flags([], older).backbone == "autogan"
+    with pytest.raises(common.UserError, match="--ema is 0.999 and cannot become 0.5"):
+        module.parse_flags(["--ema", "0.5"], older)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_epochs_do_not_override_steps(script):
     """--epochs 9 beside a run's --steps would be ignored, so it is refused."""
@@ -755,6 +766,8 @@ def test_dcvae_refuses(refused, pictures):
     refused("dcvae", "invalid choice: 'gan'", loss="gan")
     refused("dcvae", "16, 32, 64 … pixels a side, not 24", backbone="progan", size=24)
     refused("dcvae", "--grow is for --backbone progan", grow=True)
+    refused("dcvae", "--phase_steps is for", phase_steps=3)
+    refused("dcvae", "there is no vgg.pth", path_length=4, lpips_weights="vgg.pth")
     refused("dcvae", "--patch_after is for", backbone="progan", patch_after=1)
     refused("dcvae", "--contrast_layers b1", backbone="progan", contrast_layers="b1")
 
