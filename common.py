@@ -669,30 +669,33 @@ class Dmol:
         self.block = block
 
     def log_prob(self, x):
-        """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
+        """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,)."""
+        x = F.pixel_unshuffle(x.to(self.logits.dtype), self.block)  # (B, n, h, w)
+        rest = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
+        log_p = self.logits.log_softmax(1)  # (B, M, h, w)
+        for c in range(self.n):
+            log_p = log_p + self.log_bin(c, x[:, c:c + 1], rest)
+        return torch.logsumexp(log_p, 1).sum((1, 2))
 
+    def log_bin(self, c, x, rest):
+        """log p(x_c) of each component, given the values before c: x (B, 1, h, w) -> (B, M, h, w).
+
+        x is value c of every block, on the grid; `rest` has those before it, less their shift.
         With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the mass of a bin is
         σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum of three terms that neither cancel
         nor underflow, however improbable the pixel. An edge bin leaves out the terms of the edge
         that it does not have. (PixelCNN++ needs an approximation for improbable pixels.)
         """
-        x = F.pixel_unshuffle(x.to(self.logits.dtype), self.block)  # (B, n, h, w)
-        lowest = x < -1 + 1 / 255
-        highest = x > 1 - 1 / 255
-        rest = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
-        log_p = self.logits.log_softmax(1)  # (B, M, h, w)
-        for c in range(self.n):
-            inverse_scale = torch.exp(-self.log_scales[c])
-            centred = rest[c] - coupled_mean(self.means, self.couplings, c, rest)
-            # log σ(-b), above the lower edge; log σ(a), below the upper; log(1 - e^(b-a)).
-            log_above = -F.softplus((centred - 1 / 255) * inverse_scale)
-            log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)
-            log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))
-            log_bin = log_above + log_below + log_width
-            log_bin = torch.where(highest[:, c:c + 1], log_above, log_bin)
-            log_bin = torch.where(lowest[:, c:c + 1], log_below, log_bin)
-            log_p = log_p + log_bin
-        return torch.logsumexp(log_p, 1).sum((1, 2))
+        inverse_scale = torch.exp(-self.log_scales[c])
+        mean = coupled_mean(self.means, self.couplings, c, rest)
+        centred = x - self.shift[:, c:c + 1] - mean
+        # log σ(-b), above the lower edge; log σ(a), below the upper; log(1 - e^(b-a)).
+        log_above = -F.softplus((centred - 1 / 255) * inverse_scale)
+        log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)
+        log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))
+        log_bin = log_above + log_below + log_width
+        log_bin = torch.where(x > 1 - 1 / 255, log_above, log_bin)
+        return torch.where(x < -1 + 1 / 255, log_below, log_bin)
 
     def sample(self):
         """x ~ p(x) -> (B, C, H, W), on the grid."""

@@ -228,9 +228,10 @@ def grade():
 
 
 def copy_tree(tree):
-    """The scripts, their tests and docs/exercises.md, in a new folder."""
+    """The scripts, their tests, docs/exercises.md and docs/compress.py, in a new folder."""
     (tree / "docs").mkdir(parents=True)
-    shutil.copy(ROOT / "docs" / "exercises.md", tree / "docs")
+    for name in ("exercises.md", "compress.py"):
+        shutil.copy(ROOT / "docs" / name, tree / "docs")
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)

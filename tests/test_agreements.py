@@ -20,7 +20,8 @@ from plumbing import plumbing
 SOURCES = {f"{name}.py": (ROOT / f"{name}.py").read_text() for name in ["common", *SCRIPTS]}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = {f"tests/{path.name}": path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))}
-PYTHON = {**SOURCES, **TESTS, "docs/figures.py": (ROOT / "docs" / "figures.py").read_text()}
+OTHERS = {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.py")}
+PYTHON = {**SOURCES, **TESTS, **OTHERS}
 REGION = "# --- same in every script ---"
 MARK = re.compile(r"# (Copied|Changed) from (\w+\.py): (.*)")
 
