@@ -212,6 +212,7 @@ class Codec:
         self.gaussian = importlib.import_module(script).gaussian
         self.is_vae = script == "vae"
         self.K = 0 if self.is_vae else model.K
+        self.q_u = model.q_z if self.is_vae else model.q_u
         self.prior = model.p_z if self.is_vae else model.p_u
         self.flow = getattr(self.prior, "flow", None)
         if type(self.prior).__name__ == "MoGPrior":
@@ -225,7 +226,7 @@ class Codec:
         """
         if k:
             return moments(self.gaussian(self.model.q_z[k - 1](y_next)))
-        mean, sd = moments(self.gaussian((self.model.q_z if self.is_vae else self.model.q_u)(y_next)))
+        mean, sd = moments(self.gaussian(self.q_u(y_next)))
         if self.flow is None:
             return mean, sd
         noise = torch.randn(64, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
