@@ -301,7 +301,7 @@ def start(K):
 
 
 def load_codec(folder, shape=None):
-    """A run's folder -> its Codec for images of `shape`, and its test images where none is given."""
+    """A run's folder -> its Codec for images of `shape`; without one, for its dataset, and that."""
     path = Path(folder, "best.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
