@@ -3,9 +3,10 @@
     python docs/compress.py write RUN_FOLDER FILE [COUNT]    the first COUNT test images (all)
     python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
 
-RUN_FOLDER is of a trained vae.py or selfvae.py. Sender and receiver must compute equal numbers:
-the same weights, torch, kind of CPU. One image at a time, in fp32, on one thread. The exit code is
-2 where the receiver's numbers differ or FILE is broken; nothing is written then.
+RUN_FOLDER is the folder of a run of vae.py or selfvae.py; its data_dir is taken from here. Sender
+and receiver must compute equal numbers: the same weights, torch, numpy, kind of CPU. So one image
+at a time, in fp32, on one thread. The exit code is 2 where the receiver's numbers differ or FILE is
+broken; nothing is written then, and nothing is ever overwritten.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from torch.nn.utils.parametrize import cached
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Dmol, UserError, from_uint8, load_images, to_uint8  # noqa: E402 (needs the path)
-from vae import LATENT  # noqa: E402
+from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
 
 BITS = 20  # of an integer probability: 2^20 slots
 BINS = 10  # bits of a latent: 2^10 bins of equal prior probability
@@ -39,7 +40,7 @@ LEVELS = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # the values of a p
 class Stack:
     """LANES coders of asymmetric numeral systems (Duda 2009) over one stack of 32-bit words.
 
-    A coder is an integer, its head. Pushing a symbol that has `count` of 2^BITS slots, from `start`
+    A coder is an integer, its head. Pushing a symbol that has `count` of 2^BITS slots, from `first`
     on, makes it 2^BITS/count times as large: it gains -log2 p bits. Popping undoes a push exactly.
     Invariant: 2^32 ≤ head < 2^64. Where a push would pass the upper end, the head's lower half goes
     to the words first; where a pop has passed the lower end, it comes back.
@@ -49,25 +50,27 @@ class Stack:
         self.heads = heads  # uint64 (LANES,)
         self.words = words  # a list, the last one on top
 
-    def push(self, start, count):
-        """One symbol to each of the first coders: uint64 arrays of at most LANES slots."""
-        head = self.heads[:len(start)]
-        full = head >= count << np.uint64(64 - BITS)
+    def push(self, first, count):
+        """One symbol to each of the first n coders: slots, uint64 (n,), n ≤ LANES, count ≥ 1."""
+        if not count.all():  # an intact stack holds no symbol without a slot
+            raise UserError("the file is damaged")
+        head = self.heads[:len(first)]
+        full = head >> np.uint64(64 - BITS) >= count
         self.words.extend((head[full] & np.uint64(2**32 - 1)).tolist())
         head = np.where(full, head >> np.uint64(32), head)
-        self.heads[:len(start)] = (head // count << np.uint64(BITS)) + start + head % count
+        self.heads[:len(first)] = (head // count << np.uint64(BITS)) + first + head % count
 
     def pop(self, table):
         """One symbol from each of the first coders: `table` (n, symbols + 1) of slots -> (n,)."""
         head = self.heads[:len(table)]
         slot = head & np.uint64(2**BITS - 1)
         symbol = (table[:, 1:] <= slot[:, None]).sum(1)
-        start, count = interval(table, symbol)
-        head = count * (head >> np.uint64(BITS)) + slot - start
+        first, count = interval(table, symbol)
+        head = count * (head >> np.uint64(BITS)) + slot - first
         empty = head < np.uint64(2**32)
         few = int(empty.sum())
         if few > len(self.words):
-            raise UserError("the file ends before its images do")
+            raise UserError("the file is cut short, or damaged")
         if few:
             back = np.array(self.words[-few:], np.uint64)
             del self.words[-few:]
@@ -81,10 +84,10 @@ class Stack:
 
 
 def interval(table, symbol):
-    """Slots of the symbols (n,) in a table (n, symbols + 1) -> start and count, uint64 (n,)."""
+    """Slots of the symbols (n,) in a table (n, symbols + 1) -> first and count, uint64 (n,)."""
     row = np.arange(len(symbol))
-    start = table[row, symbol]
-    return start, table[row, symbol + 1] - start
+    first = table[row, symbol]
+    return first, table[row, symbol + 1] - first
 
 
 def slots(probabilities):
@@ -95,33 +98,33 @@ def slots(probabilities):
     symbols = probabilities.shape[1]
     cumulated = np.zeros((len(probabilities), symbols + 1))
     np.cumsum(probabilities, 1, out=cumulated[:, 1:])
-    share = np.minimum(cumulated / cumulated[:, -1:], 1) * (2**BITS - symbols)
+    share = cumulated / cumulated[:, -1:] * (2**BITS - symbols)
     return share.astype(np.uint64) + np.arange(symbols + 1, dtype=np.uint64)
 
 
 def push_all(stack, table, symbol):
     """Push n symbols, LANES at a time."""
-    start, count = interval(table, symbol)
-    for first in range(0, len(symbol), LANES):
-        stack.push(start[first:first + LANES], count[first:first + LANES])
+    first, count = interval(table, symbol)
+    for i in range(0, len(symbol), LANES):
+        stack.push(first[i:i + LANES], count[i:i + LANES])
 
 
 def pop_all(stack, table):
     """Pop what `push_all` pushed -> symbols (n,)."""
     parts = []
-    for first in reversed(range(0, len(table), LANES)):
-        parts.append(stack.pop(table[first:first + LANES]))
+    for i in reversed(range(0, len(table), LANES)):
+        parts.append(stack.pop(table[i:i + LANES]))
     return np.concatenate(parts[::-1])
 
 
 # ---- An image given its mixture, a latent given its Gaussian -------------------------------------
 
-def pixel_tables(p_x, value):
-    """Walk through the values of all blocks: table of slots (h·w, 256) by table, in coding order.
+def pixel_tables(p_x, level_of):
+    """Walk through the n values of all blocks, whose levels `level_of(table)` says, (h·w,).
 
-    `value(c, table)` says which of 256 levels value c of each block has, (h·w,): the sender knows,
-    the receiver pops. The probabilities are those of the bound, p(x_c) given the values before:
-    components by Bayes' rule, weighed with what they gave to those.
+    A table of slots (h·w, 257) is of p(x_c) given the values before, the bound's own numbers:
+    component m weighs π_m times its probabilities of these values, by Bayes' rule. The sender knows
+    the levels, the receiver pops them. Memory: some ten times 256·M·h·w floats.
     """
     log_w = p_x.logits.log_softmax(1)  # (1, M, h, w)
     h, w = log_w.shape[2:]
@@ -129,7 +132,7 @@ def pixel_tables(p_x, value):
     for c in range(p_x.n):
         log_bins = p_x.log_bin(c, LEVELS, rest)  # (256, M, h, w)
         probabilities = torch.logsumexp(log_w + log_bins, 1).double().softmax(0)
-        level = value(c, slots(probabilities.flatten(1).T.numpy()))
+        level = level_of(slots(probabilities.flatten(1).T.numpy()))
         level = torch.from_numpy(level).view(1, 1, h, w)
         rest.append(level / 127.5 - 1 - p_x.shift[:, c:c + 1])
         log_w = log_w + log_bins.gather(0, level.expand(1, *log_bins.shape[1:]))
@@ -140,24 +143,24 @@ def push_image(stack, p_x, x):
     levels = F.pixel_unshuffle(to_uint8(x), p_x.block).flatten(2)[0].long().numpy()  # (n, h·w)
     tables = []
 
-    def value(c, table):
+    def level_of(table):
         tables.append(table)
-        return levels[c]
+        return levels[len(tables) - 1]
 
-    pixel_tables(p_x, value)
-    for c in reversed(range(p_x.n)):
-        push_all(stack, tables[c], levels[c])
+    pixel_tables(p_x, level_of)
+    for table, level in zip(reversed(tables), reversed(levels)):
+        push_all(stack, table, level)
 
 
 def pop_image(stack, p_x):
     """Pop an image -> (1, C, H, W)."""
     levels = []
 
-    def value(c, table):
+    def level_of(table):
         levels.append(pop_all(stack, table))
-        return levels[c]
+        return levels[-1]
 
-    pixel_tables(p_x, value)
+    pixel_tables(p_x, level_of)
     h, w = p_x.logits.shape[2:]
     pixels = torch.from_numpy(np.stack(levels)).view(1, p_x.n, h, w).to(torch.uint8)
     return from_uint8(F.pixel_shuffle(pixels, p_x.block))
@@ -172,12 +175,13 @@ def latent_table(q, p):
     """Slots of a latent's bins under q, (1,024, 2^BINS + 1), for bins equally probable under p.
 
     q and p are pairs of mean and sd, each (1, 16, 8, 8). So p costs BINS bits a number, exactly,
-    and q's probability of a bin is that of an interval.
+    and q's probability of a bin is that of an interval. Bins may have no slot: only what was popped
+    by this table is pushed by it.
     """
-    mean = ((q[0] - p[0]) / p[1]).double().view(-1, 1)
-    sd = (q[1] / p[1]).double().view(-1, 1)
+    mean = ((q[0] - p[0]) / p[1]).double().reshape(-1, 1)
+    sd = (q[1] / p[1]).double().reshape(-1, 1)
     below = torch.special.ndtr((NORMAL_EDGES - mean) / sd)
-    return slots(below.diff(dim=1).numpy())
+    return (below * 2**BITS).round().numpy().astype(np.uint64)
 
 
 def latent_value(bins, p):
@@ -207,31 +211,35 @@ class Codec:
     y is computed, not drawn: it takes no bits back. A small image is popped before larger ones.
     """
 
-    def __init__(self, script, model):
+    def __init__(self, model):
         self.model = model
-        self.gaussian = importlib.import_module(script).gaussian
-        self.is_vae = script == "vae"
+        self.is_vae = isinstance(model, VAE)
         self.K = 0 if self.is_vae else model.K
         self.q_u = model.q_z if self.is_vae else model.q_u
         self.prior = model.p_z if self.is_vae else model.p_u
-        self.flow = getattr(self.prior, "flow", None)
-        if type(self.prior).__name__ == "MoGPrior":
+        if isinstance(self.prior, MoGPrior):
             raise UserError("a mixture prior has no bins of equal probability: take another run")
 
     def q(self, k, y_next):
-        """Mean and sd of q(z_k|y_{k+1}), for u under a flow of v = flow(u), which is what is coded.
+        """Mean and sd of q(z_k|y_{k+1}); for k = 0 under a flow those of v, which is coded then.
 
-        v given y_1 is no Gaussian of independent numbers. Mean and sd of 64 draws make one of it:
-        every q gives a bound, and this one's is what the file costs.
+        Any q gives a bound. v given y_1 is no Gaussian of independent numbers; the one that costs
+        least has their sd given all others, from the diagonal of the precision of v:
+        1/sd_i² = Σ_j (∂u_j/∂v_i)² / sd_j², estimated by 64 random signs r_j, as the mean square of
+        Σ_j r_j (∂u_j/∂v_i) / sd_j.
         """
         if k:
-            return moments(self.gaussian(self.model.q_z[k - 1](y_next)))
-        mean, sd = moments(self.gaussian(self.q_u(y_next)))
-        if self.flow is None:
+            return moments(gaussian(self.model.q_z[k - 1](y_next)))
+        mean, sd = moments(gaussian(self.q_u(y_next)))
+        if not hasattr(self.prior, "flow"):
             return mean, sd
-        noise = torch.randn(64, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
-        v, _ = self.flow(mean + sd * noise)
-        return v.mean(0, keepdim=True), v.std(0, keepdim=True)
+        v, _ = self.prior.flow(mean)
+        with torch.enable_grad():
+            copies = v.expand(64, -1, -1, -1).clone().requires_grad_()
+            signs = torch.randint(2, copies.shape, generator=torch.Generator().manual_seed(0))
+            u = self.prior.from_noise(copies)
+            slope, = torch.autograd.grad(((2 * signs - 1) * u / sd).sum(), copies)
+        return v, slope.square().mean(0, keepdim=True).rsqrt()
 
     def p(self, k, y_k, z_below):
         """Mean and sd of p(z_k|y_k, z_{k-1}); N(0, 1) for u, or the flow's v."""
@@ -254,7 +262,9 @@ class Codec:
 
     def push(self, stack, x):
         """Push an image (1, C, H, W)."""
-        y = {0: None, 1: x} if self.is_vae else {0: None, **self.model.representations(x)}
+        y = {1: x} if self.is_vae else self.model.representations(x)
+        # Contiguous, as what a receiver pops: strides decide how a convolution rounds.
+        y = {0: None, **{k: image.contiguous() for k, image in y.items()}}
         bins = []
         images = []
         z = None
@@ -292,8 +302,11 @@ def moments(distribution):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def start(K):
-    """The stack that a sender begins with: random bits, for the first image's latents."""
+def random_stack(K):
+    """The stack that a sender begins with: random bits, for the first image's latents.
+
+    A latent's 1,024 numbers take 10 bits on average, 320 words; bins that q makes improbable more.
+    """
     rng = np.random.default_rng(0)
     heads = rng.integers(2**32, 2**33, LANES, dtype=np.uint64)
     words = rng.integers(0, 2**32, 400 * (K + 1), dtype=np.uint64)
@@ -301,111 +314,148 @@ def start(K):
 
 
 def load_codec(folder, shape=None):
-    """A run's folder -> its Codec for images of `shape`; without one, for its dataset, and that."""
+    """A run's folder -> its Codec, for images of `shape` or of its dataset; and its Config."""
     path = Path(folder, "best.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        raise UserError(f"{path} is missing, or no checkpoint of these scripts") from None
-    if script not in ("vae", "selfvae"):
-        raise UserError(f"{path} is of {script}.py: take one of vae.py or selfvae.py")
-    module = importlib.import_module(script)
-    cfg = module.Config(**checkpoint["config"])
-    images = None
-    if shape is None:
-        images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
-        shape = images.shape
-    Model = module.VAE if script == "vae" else module.SelfVAE
-    model = Model(cfg, tuple(shape)).eval()
-    model.load_state_dict(checkpoint["model"])
-    return Codec(script, model), images
+        if script not in ("vae", "selfvae"):
+            raise UserError(f"{path} is of {script}.py: take one of vae.py or selfvae.py")
+        module = importlib.import_module(script)
+        cfg = module.Config(**checkpoint["config"])
+        if shape is None:
+            shape = load_images(cfg.dataset, cfg.data_dir, cfg.size).shape
+        Model = module.VAE if script == "vae" else module.SelfVAE
+        model = Model(cfg, tuple(shape)).eval()
+        model.load_state_dict(checkpoint["model"])
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            pickle.UnpicklingError):
+        raise UserError(f"{path} is missing, damaged, or of another model than these images "
+                        "need") from None
+    return Codec(model), cfg
 
 
-def fingerprint(codec):
-    """A hash of the slots of p(y_1|u) at v = 0: of weights, torch and machine, as far as they count.
+def fingerprint(codec, shape):
+    """A hash of what a certain image makes of the stack: of all networks, as they compute here."""
+    levels = torch.arange(math.prod(shape)).view(1, *shape) % 256
+    stack = random_stack(codec.K)
+    codec.push(stack, from_uint8(levels.to(torch.uint8)))
+    words = np.array(stack.words, "<u4")
+    return hashlib.sha256(stack.heads.astype("<u8").tobytes() + words.tobytes()).hexdigest()[:16]
 
-    Where it differs, the receiver's probabilities are not the sender's.
-    """
-    u = codec.z(0, np.full(math.prod(LATENT), 2**BINS // 2), codec.p(0, None, None))
-    digest = hashlib.sha256()
 
-    def value(c, table):
-        digest.update(table.tobytes())
-        return np.full(len(table), 128)
+def refuse_to_overwrite(path):
+    """UserError if `path` exists, or the folder in which it is to be does not."""
+    if path.exists() or not path.parent.is_dir():
+        raise UserError(f"{path} exists, or {path.parent} is no folder: nothing is overwritten")
 
-    pixel_tables(codec.p_image(0, None, u), value)
-    return digest.hexdigest()[:16]
+
+class Progress:
+    """Images a second, and every half minute a line of how many are done."""
+
+    def __init__(self, count):
+        self.count = count
+        self.done = 0
+        self.began = self.told = time.perf_counter()
+
+    def step(self):
+        """One more is done."""
+        self.done += 1
+        now = time.perf_counter()
+        if now > self.told + 30:
+            self.told = now
+            print(f"{self.done} of {self.count} images", flush=True)
+
+    def rate(self):
+        """Images a second, so far."""
+        return self.done / (time.perf_counter() - self.began)
 
 
 def write(folder, path, count=None):
     """The first `count` test images of the run's dataset -> FILE, and what it costs."""
-    codec, images = load_codec(folder)
-    count = min(int(count or len(images.test)), len(images.test))
-    stack = start(codec.K)
+    path = Path(path)
+    if count is not None and (not count.isdecimal() or int(count) < 1):
+        raise UserError(f"COUNT must be a whole number from 1 on, not {count}")
+    refuse_to_overwrite(path)
+    codec, cfg = load_codec(folder)
+    images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+    pixels = images.test[:int(count)] if count else images.test
+    stack = random_stack(codec.K)
     at_first = stack.bits()
-    sizes = []
-    began = time.perf_counter()
-    for pixels in images.test[:count]:
-        codec.push(stack, from_uint8(torch.from_numpy(pixels.copy()).movedim(2, 0)[None]))
-        sizes.append(stack.bits() - at_first)
-    seconds = time.perf_counter() - began
-    header = {"shape": images.shape, "count": count, "fingerprint": fingerprint(codec)}
-    aside = Path(f"{path}.tmp")
-    with open(aside, "wb") as file:
-        file.write(json.dumps(header).encode() + b"\n")
-        file.write(stack.heads.astype("<u8").tobytes())
-        file.write(np.array(stack.words, "<u4").tobytes())
+    progress = Progress(len(pixels))
+    for image in pixels:
+        codec.push(stack, from_uint8(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]))
+        progress.step()
+    rate = progress.rate()
+    header = {"shape": images.shape, "count": len(pixels),
+              "fingerprint": fingerprint(codec, images.shape)}
+    words = np.array(stack.words, "<u4").tobytes()
+    content = json.dumps(header).encode() + b"\n" + stack.heads.astype("<u8").tobytes() + words
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(content)
     os.replace(aside, path)
-    dims = count * math.prod(images.shape)
-    print(f"{count} images, {Path(path).stat().st_size:,} bytes: {sizes[-1] / dims:.4f} bits per "
-          f"dimension net, {8 * Path(path).stat().st_size / dims:.4f} with what the first image's "
-          f"latents were drawn from; {count / seconds:.2f} images/s")
+    dims = len(pixels) * math.prod(images.shape)
+    net = (stack.bits() - at_first) / dims
+    print(f"{len(pixels)} images, {len(content):,} bytes: {net:.4f} bits per dimension net, "
+          f"{8 * len(content) / dims:.4f} with header, heads and the random bits for the first "
+          f"latents; {rate:.2f} images/s")
 
 
 def read(folder, path):
     """FILE -> FILE.npy, uint8 (count, H, W, C)."""
+    target = Path(f"{path}.npy")
+    refuse_to_overwrite(target)
     try:
         header, body = Path(path).read_bytes().split(b"\n", 1)
         header = json.loads(header)
+        shape, count, sent = header["shape"], header["count"], header["fingerprint"]
+        if type(count) is not int or count < 1 or [type(side) for side in shape] != [int] * 3:
+            raise ValueError("its header is broken")
         heads = np.frombuffer(body, "<u8", LANES).astype(np.uint64)
         words = np.frombuffer(body, "<u4", offset=8 * LANES).astype(np.uint64).tolist()
-        shape = header["shape"]
-        count = header["count"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no file of compress.py: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, or is no file of compress.py: {error}") from None
     codec, _ = load_codec(folder, shape)
-    if header["fingerprint"] != fingerprint(codec):
-        raise UserError(f"{path} was written with other weights, or by a machine or a torch that "
-                        "computes other numbers: its images cannot be had here")
+    if sent != fingerprint(codec, shape):
+        raise UserError(f"{path} was written with other weights, or by a machine, a torch or a "
+                        "numpy that computes other numbers: its images cannot be had here")
     stack = Stack(heads, words)
     images = []
-    began = time.perf_counter()
+    progress = Progress(count)
     for _ in range(count):
         x = codec.pop(stack)
         images.append(to_uint8(x)[0].permute(1, 2, 0).numpy())
-    seconds = time.perf_counter() - began
-    first = start(codec.K)
+        progress.step()
+    first = random_stack(codec.K)
     if not np.array_equal(stack.heads, first.heads) or stack.words != first.words:
-        raise UserError(f"{path} is damaged: its images are not what was written")
-    np.save(f"{path}.npy", np.stack(images[::-1]))  # the last one is on top
-    print(f"{count} images in {path}.npy; {count / seconds:.2f} images/s")
+        raise UserError(f"{path} is damaged, or was written where other numbers are computed")
+    aside = Path(f"{path}.tmp.npy")
+    np.save(aside, np.stack(images[::-1]))  # the last one was on top
+    os.replace(aside, target)
+    print(f"{count} images in {target}; {progress.rate():.2f} images/s")
 
 
 def main(words):
     """Do what the command line says -> the exit code."""
-    commands = {"write": (write, (2, 3)), "read": (read, (2,))}
-    name, *arguments = words or [""]
-    if name not in commands or len(arguments) not in commands[name][1]:
-        print(__doc__, file=sys.stderr)
-        return 2
+    if words in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     torch.set_num_threads(1)
     try:
+        if words[:1] == ["write"] and len(words) in (3, 4):
+            command = write
+        elif words[:1] == ["read"] and len(words) == 3:
+            command = read
+        else:
+            raise UserError("write RUN_FOLDER FILE [COUNT], or read RUN_FOLDER FILE; see --help")
         with torch.no_grad(), cached():
-            commands[name][0](*arguments)
+            command(*words[1:])
     except (UserError, OSError) as error:
         print(f"compress.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
