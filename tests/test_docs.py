@@ -18,6 +18,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+
+import common
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks
 from exercises import definition, emptied, exercises, lines_of, trees
 from test_agreements import MARK, PAGES, PYTHON, SOURCES, commands
@@ -573,6 +575,33 @@ def test_the_cheap_ones_are_some():
     assert any("--help" in line for line in CHEAP)
     assert any("--resume" in line for line in CHEAP_GO_ON)
     assert any("--eval" in line for line in CHEAP_GO_ON)
+
+
+# ---- Trained weights -----------------------------------------------------------------------------
+
+WEIGHTS = sorted((ROOT / "docs" / "models").glob("*/best.pt"))
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=[path.parent.name for path in WEIGHTS])
+def test_trained_weights_are_a_model_of_today(path):
+    """Small, with no optimizer, and what a script makes of its flags; the bound is a trained one.
+
+    An untrained model has some 7 bits per dimension; here it is of noise, so of shapes alone.
+    """
+    assert path.stat().st_size < 3.2e6
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint.keys() == {"script", "config", "state", "model"}
+    module = importlib.import_module(checkpoint["script"])
+    cfg = module.Config(**checkpoint["config"])
+    size = common.DATASETS[cfg.dataset][0]
+    model = getattr(module, MODELS[checkpoint["script"]])(cfg, (3, size, size)).eval()
+    model.load_state_dict(checkpoint["model"])
+    if cfg.dataset == "shapes":
+        pixels, _ = common.make_shapes(8, size, seed=1)
+        x = common.from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        with torch.no_grad():
+            nats = -model.elbo(x).mean().item()
+        assert common.bits_per_dim(nats, 3 * size**2) < 4.5
 
 
 # ---- Exercises -----------------------------------------------------------------------------------
