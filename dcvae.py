@@ -447,8 +447,8 @@ def minibatch_deviation(h):
 class Growing(nn.Module):
     """Networks with layers for each side, of which those up to 4 · 2^level are in use.
 
-    The newest count by the share `alpha`, and by 1 - alpha what the network was without them. Both
-    follow from the step, by `growth`: they are not in checkpoints.
+    The newest count by the share `alpha`, the network without them by 1 - alpha. Both follow from
+    the step, by `growth`: they are not in checkpoints.
     """
 
     def __init__(self, maps):
@@ -849,10 +849,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """z (…, L) -> images by the averaged decoder (…, C, H, W), on the pixel grid.
-
-        Those of a network that has not grown up are enlarged.
-        """
+        """z (…, L) -> images by the averaged decoder, enlarged to (…, C, H, W), on the grid."""
         x = F.interpolate(self.averaged_decoder(z.flatten(0, -2)), size=self.size)
         return quantize(x).unflatten(0, z.shape[:-1])
 
@@ -931,13 +928,11 @@ def train(cfg, model, images, folder, checkpoint):
     synchronised = world > 1 and torch.device(cfg.device).type == "cuda"
     if synchronised:  # SyncBatchNorm exists on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # torch.compile can trace neither that nor the penalty's gradient of a gradient, and would begin
-    # anew at every side.
+    # torch.compile traces neither that nor a gradient's gradient, and begins anew at every side.
     if synchronised or cfg.grow or (model.adversarial and cfg.gan == "wgan"):
         cfg = dataclasses.replace(cfg, compile=False)
     # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
-    # An update leaves the other player, and layers of other sides, without gradients: DDP must be
-    # told.
+    # Layers of the other player, and of other sides, have no gradients: DDP must be told.
     unused = model.discriminator is not None or cfg.backbone == "progan"
     player_terms = parallel(cfg, model, find_unused_parameters=unused)
 
