@@ -83,8 +83,8 @@ class Config:
     Where these differ from the paper: docs/dcvae.md, section 11.
     """
 
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder",
-                        fixed=True)
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
+                        "lsun, or a folder", fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
@@ -617,6 +617,7 @@ def autoencoder_gan(kind, reconstructed, sampled):
     """
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
+    # The same for hinge and wgan.
     return -0.5 * reconstructed - 0.5 * sampled.mean()
 
 

@@ -66,7 +66,7 @@ class Config:
     """The flags. Defaults: the paper's for CIFAR-10 (4.1), else as released; epochs are ours."""
 
     dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, "
-                        "stl10, imagenette, celeba, or a folder", fixed=True)
+                        "stl10, imagenette, celeba, celebahq, lsun, or a folder", fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")

@@ -69,8 +69,8 @@ def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
 class Config:
     """The flags. Defaults are the paper's; where it is silent, the released code's."""
 
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, or a folder",
-                        fixed=True)
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
+                        "lsun, or a folder", fixed=True)
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")

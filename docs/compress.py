@@ -3,10 +3,10 @@
     python docs/compress.py write RUN_FOLDER FILE [COUNT]    the first COUNT test images (all)
     python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
 
-RUN_FOLDER is the folder of a run of vae.py or selfvae.py; its data_dir is taken from here. Sender
-and receiver must compute equal numbers: the same weights, torch, numpy, kind of CPU. So one image
-at a time, in fp32, on one thread. The exit code is 2 where the receiver's numbers differ or FILE is
-broken; nothing is written then, and nothing is ever overwritten.
+RUN_FOLDER is the folder of a run of vae.py or selfvae.py; a relative data_dir of that run is one of
+the current folder. Sender and receiver must compute equal numbers: the same weights, torch, numpy,
+kind of CPU. So one image at a time, in fp32, on one thread. The exit code is 2 where the receiver's
+numbers differ or FILE is broken; nothing is written then, and nothing is ever overwritten.
 """
 
 import hashlib

@@ -8,8 +8,8 @@
     python tests/longruns.py weights    write the trained models of finished runs to docs/models
 
 All but `table` take parts of names, and leave out all other runs: `… run imagenette`.
-Budgets are steps, so everybody gets the same run; `MINUTES` of one core are what they took on an
-AMD EPYC with AVX512-BF16 and torch 2.12. On a GPU take `--dtype auto` and `WORKERS` = 1.
+Budgets are steps, so everybody gets the same run, on CPUs with AVX512-BF16. On a GPU let --dtype
+decide, and set `WORKERS` to 1.
 """
 
 import hashlib

@@ -1654,6 +1654,18 @@ def test_path_length_leaves_out_outliers():
     assert common.path_length(lambda z: z[:, :, None, None], distance, 4, 1, "cpu") > 0
 
 
+def test_path_length_is_not_in_tf32():
+    """Else a GPU rounds to 10 bits, and the differences of 10⁻⁴ are noise."""
+    seen = []
+
+    def decode(z):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return z[:, :, None, None]
+
+    common.path_length(decode, lambda x, y: (x - y).square().sum((1, 2, 3)), 4, 2, "cpu")
+    assert seen == [False, False]
+
+
 def test_arcs_between_codes():
     """Ends are the codes; in the middle an arc keeps the length that a line loses."""
     torch.manual_seed(0)
