@@ -216,6 +216,19 @@ def test_a_prefix_is_the_small_image(compress):
     assert whole - stack.bits() < 1024 * compress.BINS + 1.5 * of_y_1
 
 
+def test_q_of_a_flow_has_the_sd_of_its_precision(compress, monkeypatch):
+    """Else bins are drawn too far out. For v = a u number by number that sd is a times u's."""
+    model, x = make("vae", prior="realnvp")
+    a = torch.rand(1, 16, 8, 8) + 0.5
+    monkeypatch.setattr(model.p_z.flow, "forward", lambda u: (a * u, None))
+    monkeypatch.setattr(model.p_z.flow, "inverse", lambda v: v / a)
+    with torch.no_grad():
+        mean, sd = compress.Codec(model).q(0, x[:1])
+        q = compress.gaussian(model.q_z(x[:1]))
+    torch.testing.assert_close(mean, a * q.mean)
+    torch.testing.assert_close(sd, a * q.stddev)
+
+
 def test_a_mixture_prior_is_refused(compress):
     """It has no bins of equal probability."""
     model, _ = make("vae", prior="mog")

@@ -809,6 +809,21 @@ def test_batches_of_small_sides_are_multiples_of_the_full_ones(tmp_path):
     assert {len(x) for _, x, _ in seen} == {12}
 
 
+@pytest.mark.parametrize("batch_size, asked", [(100, 100), (40, 80), (8, 16)])
+def test_small_sides_have_at_most_128_images(tmp_path, monkeypatch, batch_size, asked):
+    """Else 8x8 of a large model asks for thousands; the full batch is never cut, though."""
+    calls = []
+
+    def note(self, count):
+        calls.append(count)
+        self.batch_size = 4
+        self.per_epoch = self.count // 4
+
+    monkeypatch.setattr(dcvae.Batches, "set_batch_size", note)
+    play(tmp_path, batch_size=batch_size, backbone="progan", phase_steps=2)
+    assert calls[:2] == [batch_size, asked]  # validation follows
+
+
 @pytest.mark.parametrize("grow", [True, False])
 def test_processes_are_told_of_layers_without_gradients(tmp_path, monkeypatch, grow):
     """Else DistributedDataParallel ends at the second step: layers of other sides have none."""

@@ -418,6 +418,16 @@ def test_growing_run_resumed_in_the_middle_of_a_fade(run, tmp_path, training_onl
     assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
 
 
+def test_a_run_that_has_not_grown_up_is_evaluated_as_it_is(run, tmp_path, no_figures):
+    """Else --eval shows layers of 16x16 that never learned: the numbers are training's last."""
+    assert run("dcvae", name="young", backbone="progan", phase_steps=3) == 0
+    path = tmp_path / "runs" / "young" / "results.json"
+    before = read_json(path)
+    line = ["--out_dir", str(tmp_path / "runs"), "--name", "young", "--device", "cpu", "--eval"]
+    assert call("dcvae", line) == 0
+    assert read_json(path)["pixel_distance"] == pytest.approx(before["pixel_distance"], rel=1e-5)
+
+
 @pytest.mark.parametrize("script", ["vae", "realnvp"])  # selfvae.py has the first one's copy
 def test_cooldown(script, run, tmp_path, training_only, monkeypatch, capsys):
     """The rate falls on a line to zero at the step after the last, also in a run that was stopped.
