@@ -50,6 +50,12 @@ COMMANDS = {
     "imagenette-K2-block1-s0":
         f"selfvae.py --levels 2 --lr 6e-3 --steps 4800 {IMAGENETTE}",
     "imagenette-vae-block2-s0": f"vae.py --block 2 --steps 8400 {IMAGENETTE}",
+    "cifar10-vae-normal": f"vae.py --prior normal --steps 8000 {CIFAR10}",
+    "cifar10-vae-mog": f"vae.py --prior mog --steps 8000 {CIFAR10}",
+    "cifar10-K1-block2-normal":
+        f"selfvae.py --levels 1 --lr 6e-3 --block 2 --prior normal --steps 5500 {CIFAR10}",
+    "imagenette-K2-block2-normal":
+        f"selfvae.py --levels 2 --lr 6e-3 --block 2 --prior normal --steps 4800 {IMAGENETTE}",
     "shapes-K1":
         f"selfvae.py --levels 1 --block 2 --lr 6e-3 --steps 6000 {SMALL} --cooldown 0.2 "
         "--batch_size 8 --eval_every 1500 --eval_images 2000 --iw_images 200 --iw_samples 16",
