@@ -2,6 +2,8 @@
 
     python docs/compress.py write RUN_FOLDER FILE [COUNT]    the first COUNT test images (all)
     python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
+    python docs/compress.py sizes RUN_FOLDER [COUNT]         what they would cost, part by part,
+                                                             beside the bound, PNG and WebP
 
 RUN_FOLDER is the folder of a run of vae.py or selfvae.py; a relative data_dir of that run is one of
 the current folder. Sender and receiver must compute equal numbers: the same weights, torch, numpy,
@@ -11,6 +13,8 @@ numbers differ or FILE is broken; nothing is written then, and nothing is ever o
 
 import hashlib
 import importlib
+import io
+import itertools
 import json
 import math
 import os
@@ -22,11 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.utils.parametrize import cached
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Dmol, UserError, from_uint8, load_images, to_uint8  # noqa: E402 (needs the path)
+from common import (  # noqa: E402 (needs the path)
+    Batches, Dmol, UserError, bits_per_dim, from_uint8, importance_weighted, load_images,
+    mean_terms, to_uint8)
 from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
 
 BITS = 20  # of an integer probability: 2^20 slots
@@ -371,32 +378,37 @@ class Progress:
         return self.done / (time.perf_counter() - self.began)
 
 
+def first_test_images(cfg, count=None):
+    """A run's dataset, and its first `count` test images (all), batches of one."""
+    if count is not None and (not count.isdecimal() or int(count) < 1):
+        raise UserError(f"COUNT must be a whole number from 1 on, not {count}")
+    images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+    return images, Batches(images.test, 1, "cpu", count=int(count) if count else None)
+
+
 def write(folder, path, count=None):
     """The first `count` test images of the run's dataset -> FILE, and what it costs."""
     path = Path(path)
-    if count is not None and (not count.isdecimal() or int(count) < 1):
-        raise UserError(f"COUNT must be a whole number from 1 on, not {count}")
     refuse_to_overwrite(path)
     codec, cfg = load_codec(folder)
-    images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
-    pixels = images.test[:int(count)] if count else images.test
+    images, test = first_test_images(cfg, count)
     stack = random_stack(codec.K)
     at_first = stack.bits()
-    progress = Progress(len(pixels))
-    for image in pixels:
-        codec.push(stack, from_uint8(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]))
+    progress = Progress(test.count)
+    for x in test:
+        codec.push(stack, x)
         progress.step()
     rate = progress.rate()
-    header = {"shape": images.shape, "count": len(pixels),
+    header = {"shape": images.shape, "count": test.count,
               "fingerprint": fingerprint(codec, images.shape)}
     words = np.array(stack.words, "<u4").tobytes()
     content = json.dumps(header).encode() + b"\n" + stack.heads.astype("<u8").tobytes() + words
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(content)
     os.replace(aside, path)
-    dims = len(pixels) * math.prod(images.shape)
+    dims = test.count * math.prod(images.shape)
     net = (stack.bits() - at_first) / dims
-    print(f"{len(pixels)} images, {len(content):,} bytes: {net:.4f} bits per dimension net, "
+    print(f"{test.count} images, {len(content):,} bytes: {net:.4f} bits per dimension net, "
           f"{8 * len(content) / dims:.4f} with header, heads and the random bits for the first "
           f"latents; {rate:.2f} images/s")
 
@@ -435,6 +447,63 @@ def read(folder, path):
     print(f"{count} images in {target}; {progress.rate():.2f} images/s")
 
 
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+def sizes(folder, count=None):
+    """What the first `count` test images cost, in bits per dimension of x, as a Markdown table.
+
+    A row for y_1, y_2, …, x: the bound on log p of it, one draw of z an image; what it adds to a
+    stack without the larger images; and what must be popped of one image to see it (the mean over
+    the first ten), with all latents' bits in full, as none has come back yet.
+    """
+    codec, cfg = load_codec(folder)
+    images, test = first_test_images(cfg, count)
+    torch.manual_seed(0)
+    dims = math.prod(images.shape)
+    costs = list(mean_terms(codec.model, test).values())  # of u and y_1, z_1 and y_2, …
+    prefixes = prefix_bits(codec, test)
+    print(f"| {test.count} images of {cfg.dataset} | bound | file, net | prefix of one image |")
+    print("|---|---|---|---|")
+    K = codec.K
+    for k in range(K + 1):
+        codec.K = k  # nothing is coded that is larger than y_{k+1}
+        stack = random_stack(k)
+        at_first = stack.bits()
+        for x in test:
+            codec.push(stack, x)
+        bits = (stack.bits() - at_first) / test.count
+        bound = bits_per_dim(sum(costs[:2 * k + 2]), dims)
+        name = "x" if k == K else f"y_{k + 1}"
+        print(f"| {name} | {bound:.4f} | {bits / dims:.4f} | {prefixes[k] / dims:.4f} |")
+    print(f"\nRandom bits of the beginning: {at_first:,.0f}, {at_first / bits:.2f} images; of "
+          f"{math.ceil(100 * at_first / bits)} images they are 1 %.")
+    weighted = importance_weighted(codec.model, test, 16, dims)
+    print(f"log p(x) by 16 importance samples: {weighted['iw_bpd']:.4f}")
+    for name, options in (("PNG", {"optimize": True}), ("WebP", {"lossless": True, "quality": 100,
+                                                                 "method": 6})):
+        total = 0
+        for image in images.test[:test.count]:
+            file = io.BytesIO()
+            Image.fromarray(image.squeeze()).save(file, name, **options)
+            total += 8 * len(file.getvalue())
+        print(f"{name}, a file each: {total / test.count / dims:.4f}")
+
+
+def prefix_bits(codec, test):
+    """Mean bits that are popped of an image until y_1 is seen, y_2, …, x, over the first ten."""
+    popped = np.zeros(codec.K + 1)
+    n = 0
+    for x in itertools.islice(test, 10):
+        stack = random_stack(codec.K)
+        codec.push(stack, x)
+        for k in range(codec.K + 1):
+            copy = Stack(stack.heads.copy(), list(stack.words))
+            codec.pop(copy, last=k + 1)
+            popped[k] += stack.bits() - copy.bits()
+        n += 1
+    return popped / n
+
+
 def main(words):
     """Do what the command line says -> the exit code."""
     if words in (["--help"], ["-h"]):
@@ -446,8 +515,11 @@ def main(words):
             command = write
         elif words[:1] == ["read"] and len(words) == 3:
             command = read
+        elif words[:1] == ["sizes"] and len(words) in (2, 3):
+            command = sizes
         else:
-            raise UserError("write RUN_FOLDER FILE [COUNT], or read RUN_FOLDER FILE; see --help")
+            raise UserError("write RUN_FOLDER FILE [COUNT], read RUN_FOLDER FILE, or sizes "
+                            "RUN_FOLDER [COUNT]; see --help")
         with torch.no_grad(), cached():
             command(*words[1:])
     except (UserError, OSError) as error:
