@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+import torchvision.transforms.functional as TF
 from torch.nn.utils.parametrize import cached
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -270,8 +270,10 @@ class Codec:
     def push(self, stack, x):
         """Push an image (1, C, H, W)."""
         y = {1: x} if self.is_vae else self.model.representations(x)
-        # Contiguous, as what a receiver pops: strides decide how a convolution rounds.
-        y = {0: None, **{k: image.contiguous() for k, image in y.items()}}
+        # Laid out as what a receiver pops: strides decide how a convolution rounds. (A grey image
+        # would be its own .contiguous(), in any layout.)
+        plain = torch.contiguous_format
+        y = {0: None, **{k: image.clone(memory_format=plain) for k, image in y.items()}}
         bins = []
         images = []
         z = None
@@ -484,7 +486,7 @@ def sizes(folder, count=None):
         total = 0
         for image in images.test[:test.count]:
             file = io.BytesIO()
-            Image.fromarray(image.squeeze()).save(file, name, **options)
+            TF.to_pil_image(image).save(file, name, **options)
             total += 8 * len(file.getvalue())
         print(f"{name}, a file each: {total / test.count / dims:.4f}")
 

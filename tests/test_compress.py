@@ -267,6 +267,26 @@ def test_files_come_back(compress, folder_of, tmp_path, tiny_data, script, flags
     assert compress.main(["read", folder, str(path)]) == 2
 
 
+def test_sizes(compress, folder_of, capsys):
+    """Else the table says something else than `write`, the bound and the prefixes.
+
+    Of three images of 16x16: each row costs more than the one above, and a prefix has the
+    latents' bits in full.
+    """
+    folder = str(folder_of("selfvae", levels=1, block=2))
+    assert compress.main(["sizes", folder, "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = []
+    for line in lines[2:4]:
+        rows.append([float(cell) for cell in line.split("|")[2:5]])
+    dims = 3 * 16 * 16
+    for (bound, net, prefix), latents in zip(rows, (1, 2)):
+        assert net == pytest.approx(bound, rel=0.02)
+        assert net + 5 * latents * 1024 / dims < prefix < net + 20 * latents * 1024 / dims
+    assert rows[0][0] < rows[1][0]
+    assert lines[4] == "" and lines[7].startswith("PNG") and lines[8].startswith("WebP")
+
+
 def test_bad_files(compress, folder_of, tmp_path, capsys):
     """One line and exit code 2, and no images: what is cut, damaged, foreign, of other weights."""
     folder = folder_of("vae")
