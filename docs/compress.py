@@ -37,7 +37,7 @@ from common import (  # noqa: E402 (needs the path)
 from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
 
 BITS = 20  # of an integer probability: 2^20 slots
-BINS = 10  # bits of a latent: 2^10 bins of equal prior probability
+BINS = 10  # a latent has 2^10 bins, 1/64 of the prior's sd wide
 LANES = 64  # coders side by side
 LEVELS = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # the values of a pixel
 
@@ -173,37 +173,41 @@ def pop_image(stack, p_x):
     return from_uint8(F.pixel_shuffle(pixels, p_x.block))
 
 
-NORMAL_EDGES = torch.special.ndtri(torch.arange(2**BINS + 1, dtype=torch.float64) / 2**BINS)
-NORMAL_MIDDLES = torch.special.ndtri((torch.arange(2**BINS, dtype=torch.float64) + 0.5) / 2**BINS)
-UNIFORM = np.arange(2**BINS + 1, dtype=np.uint64)[None] << np.uint64(BITS - BINS)
+EDGES = torch.linspace(-8, 8, 2**BINS + 1, dtype=torch.float64)  # in the prior's sd
+MIDDLES = (EDGES[:-1] + EDGES[1:]) / 2
+EDGES[[0, -1]] = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
+PRIOR = slots(torch.special.ndtr(EDGES).diff().numpy()[None])
+# Where a latent's number i is pushed by its prior: what is popped next is drawn by these bits.
+ORDER = np.random.default_rng(0).permutation(math.prod(LATENT))
 
 
 def latent_table(q, p):
-    """Slots of a latent's bins under q, (1,024, 2^BINS + 1), for bins equally probable under p.
+    """Slots of a latent's bins under q, (1,024, 2^BINS + 1): probabilities of intervals.
 
-    q and p are pairs of mean and sd, each (1, 16, 8, 8). So p costs BINS bits a number, exactly,
-    and q's probability of a bin is that of an interval. Bins may have no slot: only what was popped
-    by this table is pushed by it.
+    q and p are pairs of mean and sd, each (1, 16, 8, 8); bins are those of p. Bins may have no
+    slot: only what was popped by this table is pushed by it.
     """
     mean = ((q[0] - p[0]) / p[1]).double().reshape(-1, 1)
     sd = (q[1] / p[1]).double().reshape(-1, 1)
-    below = torch.special.ndtr((NORMAL_EDGES - mean) / sd)
+    below = torch.special.ndtr((EDGES - mean) / sd)
     return (below * 2**BITS).round().numpy().astype(np.uint64)
 
 
 def latent_value(bins, p):
-    """Bins (1,024,) -> their middles under p, (1, 16, 8, 8)."""
-    return p[0] + p[1] * NORMAL_MIDDLES[torch.from_numpy(bins)].float().view_as(p[0])
+    """Bins (1,024,) -> their middles, (1, 16, 8, 8)."""
+    return p[0] + p[1] * MIDDLES[torch.from_numpy(bins)].float().view_as(p[0])
 
 
 def push_prior(stack, bins):
-    """Push bins (1,024,) that are all equally probable."""
-    push_all(stack, np.broadcast_to(UNIFORM, (len(bins), 2**BINS + 1)), bins)
+    """Push bins (1,024,) by their probabilities under p, the same for every number."""
+    push_all(stack, np.broadcast_to(PRIOR, (len(bins), 2**BINS + 1)), bins[ORDER])
 
 
-def pop_prior(stack, count):
-    """Pop `count` of them."""
-    return pop_all(stack, np.broadcast_to(UNIFORM, (count, 2**BINS + 1)))
+def pop_prior(stack):
+    """Pop them -> (1,024,)."""
+    bins = np.empty(len(ORDER), np.int64)
+    bins[ORDER] = pop_all(stack, np.broadcast_to(PRIOR, (len(bins), 2**BINS + 1)))
+    return bins
 
 
 # ---- A model as a code: the order of pushes and pops ---------------------------------------------
@@ -225,7 +229,7 @@ class Codec:
         self.q_u = model.q_z if self.is_vae else model.q_u
         self.prior = model.p_z if self.is_vae else model.p_u
         if isinstance(self.prior, MoGPrior):
-            raise UserError("a mixture prior has no bins of equal probability: take another run")
+            raise UserError("a mixture prior cannot be coded number by number: take another run")
 
     def q(self, k, y_next):
         """Mean and sd of q(z_k|y_{k+1}); for k = 0 under a flow those of v, which is coded then.
@@ -292,7 +296,7 @@ class Codec:
         z = None
         drawn = []  # bins, and the table by which they go back
         for k in range(self.K + 1):
-            bins = pop_prior(stack, math.prod(LATENT))
+            bins = pop_prior(stack)
             p = self.p(k, y, z)
             z = self.z(k, bins, p)
             y = pop_image(stack, self.p_image(k, y, z))
@@ -314,11 +318,11 @@ def moments(distribution):
 def random_stack(K):
     """The stack that a sender begins with: random bits, for the first image's latents.
 
-    A latent's 1,024 numbers take 10 bits on average, 320 words; bins that q makes improbable more.
+    A latent's 1,024 numbers take 10 bits at most on average, 320 words, if q knows nothing.
     """
     rng = np.random.default_rng(0)
     heads = rng.integers(2**32, 2**33, LANES, dtype=np.uint64)
-    words = rng.integers(0, 2**32, 400 * (K + 1), dtype=np.uint64)
+    words = rng.integers(0, 2**32, 340 * (K + 1), dtype=np.uint64)
     return Stack(heads, words.tolist())
 
 

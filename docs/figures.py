@@ -15,11 +15,14 @@
     python docs/figures.py sides RUN_FOLDER
                                        a second: what a growing dcvae.py made of the same codes
                                        at the end of each side, from its samples/
+    python docs/figures.py race        a second: the bound of VAE and selfVAE while they train, over
+                                       images seen and over time, from docs/logs
 
 Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
 from `python realnvp.py --dataset moons`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from torchvision.io import read_image
 from torchvision.utils import save_image
 
 FOLDER = Path(__file__).resolve().parent / "figures"
+LOGS = Path(__file__).resolve().parent / "logs"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (  # noqa: E402 (needs the path above)
@@ -359,10 +363,43 @@ def sides(run):
     save_image(torch.cat(list(last.values()), 1) / 255, FOLDER / "sides.png")
 
 
+# ---- race ----------------------------------------------------------------------------------------
+
+RACERS = {"imagenette-vae-block1": "VAE", "imagenette-vae-block2": "VAE, --block 2",
+          "imagenette-K2-block1": "K = 2", "imagenette-K2-block2": "K = 2, --block 2"}
+
+
+def race(batch_size=8):
+    """Bits per dimension at 64x64: lines are training, means of 250 steps; crosses validation.
+
+    A step's time is that of the run's minutes of a core, which count its evaluations.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    over_images, over_time = figure.subplots(1, 2, sharey=True)
+    for i, (name, label) in enumerate(RACERS.items()):
+        for path in sorted(LOGS.glob(f"{name}-s[0-9]-results.json")):
+            results = json.loads(path.read_text())
+            lines = Path(str(path).replace("results.json", "log.jsonl")).read_text().splitlines()
+            log = [json.loads(line) for line in lines]
+            minutes = results["core_minutes"] / results["step"]
+            for axes, unit in ((over_images, batch_size), (over_time, minutes)):
+                for split, style in (("train", "-"), ("valid", "x")):
+                    rows = [row for row in log if row["split"] == split]
+                    lines = axes.plot([row["step"] * unit for row in rows],
+                                      [row["bpd"] for row in rows], style, color=f"C{i}")
+        lines[0].set_label(label)
+    over_images.set(xlabel="images seen", ylabel="bits per dimension", ylim=(3.7, 5.7))
+    over_time.set(xlabel="minutes of a core")
+    over_time.legend()
+    over_images.grid(alpha=0.3)
+    over_time.grid(alpha=0.3)
+    figure.savefig(FOLDER / "race.png", dpi=90)
+
+
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "blocks": blocks, "sides": sides}
+               "blocks": blocks, "sides": sides, "race": race}
     folders = {"tighten": 1, "blocks": 2, "sides": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):

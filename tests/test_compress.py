@@ -70,15 +70,34 @@ def test_every_symbol_keeps_a_slot(compress):
     assert np.diff(table[1].astype(int)).tolist() == [2**18] * 4
 
 
-def test_bins_are_equally_probable_under_the_prior(compress):
-    """Else the prior does not cost 10 bits a number; a narrow q falls into the bins around it."""
+def test_bins_have_the_probability_of_their_interval(compress):
+    """Else latents cost something else than the KL; a narrow q falls into the bins around it."""
     p = (torch.randn(1, 16, 8, 8), torch.rand(1, 16, 8, 8) + 0.1)
-    counts = np.diff(compress.latent_table(p, p).astype(int))
-    assert abs(counts - 2**10).max() <= 1
+    edges = torch.linspace(-8, 8, 1025)
+    mass = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff().numpy() * 2**20
+    assert abs(np.diff(compress.latent_table(p, p).astype(int)) - mass).max() <= 1.2
+    prior = np.diff(compress.PRIOR.astype(int))[0]
+    assert prior.min() == 1 and abs(prior - mass * (1 - 2**-10) - 1).max() <= 1.2
     bins = np.random.default_rng(0).integers(0, 2**10, 1024)
     value = compress.latent_value(bins, p)
     narrow = compress.latent_table((value, 1e-4 * p[1]), p).astype(int)
     assert (np.diff(narrow).argmax(1) == bins).all()
+
+
+def test_latents_are_drawn_apart_from_those_before(compress):
+    """Else z takes after that of the image before, number by number, and costs more than by chance.
+
+    Popped by q what has been pushed by the prior: without an order of its own each number would
+    come back.
+    """
+    stack = compress.random_stack(1)
+    ramp = np.linspace(300, 700, 1024).astype(np.int64)
+    compress.push_prior(stack, ramp)
+    p = (torch.zeros(1, 16, 8, 8), torch.ones(1, 16, 8, 8))
+    drawn = compress.pop_all(stack, compress.latent_table(p, p))
+    assert abs(np.corrcoef(ramp, drawn)[0, 1]) < 0.2
+    compress.push_all(stack, compress.latent_table(p, p), drawn)
+    assert np.array_equal(compress.pop_prior(stack), ramp)
 
 
 def test_a_symbol_with_all_slots_costs_nothing(compress):
@@ -230,7 +249,7 @@ def test_q_of_a_flow_has_the_sd_of_its_precision(compress, monkeypatch):
 
 
 def test_a_mixture_prior_is_refused(compress):
-    """It has no bins of equal probability."""
+    """Its numbers depend on each other, through the component."""
     model, _ = make("vae", prior="mog")
     with pytest.raises(UserError, match="mixture"):
         compress.Codec(model)
