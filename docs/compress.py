@@ -1,14 +1,15 @@
-"""Images as a file whose size is the bound: bits back with ANS, derived in docs/compression.md.
+"""Images as a file of the bound's size: bits back with ANS, derived in docs/compression.md.
 
     python docs/compress.py write RUN_FOLDER FILE [COUNT]    the first COUNT test images (all)
     python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
-    python docs/compress.py sizes RUN_FOLDER [COUNT]         what they would cost, part by part,
+    python docs/compress.py sizes RUN_FOLDER [COUNT]         what they cost up to y_1, y_2, …, x,
                                                              beside the bound, PNG and WebP
 
-RUN_FOLDER is the folder of a run of vae.py or selfvae.py; a relative data_dir of that run is one of
-the current folder. Sender and receiver must compute equal numbers: the same weights, torch, numpy,
-kind of CPU. So one image at a time, in fp32, on one thread. The exit code is 2 where the receiver's
-numbers differ or FILE is broken; nothing is written then, and nothing is ever overwritten.
+RUN_FOLDER is the folder of a run of vae.py or selfvae.py; if the run's data_dir is relative, start
+this where the run was started. The size is the bound's under a normal prior; under a flow it is
+larger. Sender and receiver must compute equal numbers: they need the same weights, torch, numpy and
+kind of CPU, and images are coded one at a time, in fp32, on one thread. The exit code is 2 where
+the receiver's numbers differ or FILE is broken. Nothing is ever overwritten.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import sys
 import time
@@ -36,10 +36,15 @@ from common import (  # noqa: E402 (needs the path)
     mean_terms, to_uint8)
 from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
 
-BITS = 20  # of an integer probability: 2^20 slots
-BINS = 10  # a latent has 2^10 bins, 1/64 of the prior's sd wide
+SLOT_BITS = 20  # 2^20 slots are shared out among the symbols
 LANES = 64  # coders side by side
-LEVELS = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # the values of a pixel
+VALUES = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # of a pixel
+BIN_BITS = 10  # a number of a latent has 2^10 bins, 1/64 of its prior's sd wide, from -8 to 8 sd
+MIDDLES = (torch.arange(2**BIN_BITS, dtype=torch.float64) + 0.5) / 64 - 8
+EDGES = torch.cat([torch.tensor([-torch.inf]), MIDDLES[1:] - 1 / 128, torch.tensor([torch.inf])])
+# Place j of a push by the prior takes number ORDER[j]. The next image's number j is drawn by what
+# lies there, and should not be drawn by this image's number j.
+ORDER = np.random.default_rng(0).permutation(math.prod(LATENT))
 
 
 # ---- ANS -----------------------------------------------------------------------------------------
@@ -47,10 +52,10 @@ LEVELS = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # the values of a p
 class Stack:
     """LANES coders of asymmetric numeral systems (Duda 2009) over one stack of 32-bit words.
 
-    A coder is an integer, its head. Pushing a symbol that has `count` of 2^BITS slots, from `first`
-    on, makes it 2^BITS/count times as large: it gains -log2 p bits. Popping undoes a push exactly.
-    Invariant: 2^32 ≤ head < 2^64. Where a push would pass the upper end, the head's lower half goes
-    to the words first; where a pop has passed the lower end, it comes back.
+    A coder is an integer, its head. Pushing a symbol that has `count` of 2^SLOT_BITS slots, from
+    `first` on, makes it 2^SLOT_BITS/count times as large: it gains -log2 p bits. Popping undoes a
+    push exactly. Invariant: 2^32 ≤ head < 2^64. Where a push would pass the upper end, the head's
+    lower half goes to the words first; where a pop has passed the lower end, it comes back.
     """
 
     def __init__(self, heads, words):
@@ -58,26 +63,32 @@ class Stack:
         self.words = words  # a list, the last one on top
 
     def push(self, first, count):
-        """One symbol to each of the first n coders: slots, uint64 (n,), n ≤ LANES, count ≥ 1."""
-        if not count.all():  # an intact stack holds no symbol without a slot
-            raise UserError("the file is damaged")
+        """One symbol to each of the first n coders: slots, uint64 (n,), n ≤ LANES, count ≥ 1.
+
+        UserError where count is 0: no symbol without a slot was ever popped.
+        """
+        if not count.all():
+            raise UserError("a symbol without a slot")
         head = self.heads[:len(first)]
-        full = head >> np.uint64(64 - BITS) >= count
+        full = head >> np.uint64(64 - SLOT_BITS) >= count
         self.words.extend((head[full] & np.uint64(2**32 - 1)).tolist())
         head = np.where(full, head >> np.uint64(32), head)
-        self.heads[:len(first)] = (head // count << np.uint64(BITS)) + first + head % count
+        self.heads[:len(first)] = (head // count << np.uint64(SLOT_BITS)) + first + head % count
 
     def pop(self, table):
-        """One symbol from each of the first coders: `table` (n, symbols + 1) of slots -> (n,)."""
+        """One symbol from each of the first coders: `table` (n, symbols + 1) of slots -> (n,).
+
+        UserError where the words run out.
+        """
         head = self.heads[:len(table)]
-        slot = head & np.uint64(2**BITS - 1)
+        slot = head & np.uint64(2**SLOT_BITS - 1)
         symbol = (table[:, 1:] <= slot[:, None]).sum(1)
         first, count = interval(table, symbol)
-        head = count * (head >> np.uint64(BITS)) + slot - first
+        head = count * (head >> np.uint64(SLOT_BITS)) + slot - first
         empty = head < np.uint64(2**32)
         few = int(empty.sum())
         if few > len(self.words):
-            raise UserError("the file is cut short, or damaged")
+            raise UserError("the stack has run empty")
         if few:
             back = np.array(self.words[-few:], np.uint64)
             del self.words[-few:]
@@ -105,7 +116,7 @@ def slots(probabilities):
     symbols = probabilities.shape[1]
     cumulated = np.zeros((len(probabilities), symbols + 1))
     np.cumsum(probabilities, 1, out=cumulated[:, 1:])
-    share = cumulated / cumulated[:, -1:] * (2**BITS - symbols)
+    share = cumulated / cumulated[:, -1:] * (2**SLOT_BITS - symbols)
     return share.astype(np.uint64) + np.arange(symbols + 1, dtype=np.uint64)
 
 
@@ -126,63 +137,58 @@ def pop_all(stack, table):
 
 # ---- An image given its mixture, a latent given its Gaussian -------------------------------------
 
-def pixel_tables(p_x, level_of):
-    """Walk through the n values of all blocks, whose levels `level_of(table)` says, (h·w,).
+def walk_values(p_x, value_of):
+    """Walk through the n values of all blocks; `value_of(table)` says which they are, (h·w,).
 
     A table of slots (h·w, 257) is of p(x_c) given the values before, the bound's own numbers:
     component m weighs π_m times its probabilities of these values, by Bayes' rule. The sender knows
-    the levels, the receiver pops them. Memory: some ten times 256·M·h·w floats.
+    the values, the receiver pops them. Memory: some ten times 256·M·h·w floats.
     """
     log_w = p_x.logits.log_softmax(1)  # (1, M, h, w)
     h, w = log_w.shape[2:]
     rest = []
     for c in range(p_x.n):
-        log_bins = p_x.log_bin(c, LEVELS, rest)  # (256, M, h, w)
+        log_bins = p_x.log_bin(c, VALUES, rest)  # (256, M, h, w)
         probabilities = torch.logsumexp(log_w + log_bins, 1).double().softmax(0)
-        level = level_of(slots(probabilities.flatten(1).T.numpy()))
-        level = torch.from_numpy(level).view(1, 1, h, w)
-        rest.append(level / 127.5 - 1 - p_x.shift[:, c:c + 1])
-        log_w = log_w + log_bins.gather(0, level.expand(1, *log_bins.shape[1:]))
+        value = value_of(slots(probabilities.flatten(1).T.numpy()))
+        value = torch.from_numpy(value).view(1, 1, h, w)
+        rest.append(value / 127.5 - 1 - p_x.shift[:, c:c + 1])
+        log_w = log_w + log_bins.gather(0, value.expand(1, *log_bins.shape[1:]))
 
 
 def push_image(stack, p_x, x):
     """Push an image (1, C, H, W), its last value first, as a receiver pops its first one first."""
-    levels = F.pixel_unshuffle(to_uint8(x), p_x.block).flatten(2)[0].long().numpy()  # (n, h·w)
+    values = F.pixel_unshuffle(to_uint8(x), p_x.block).flatten(2)[0].long().numpy()  # (n, h·w)
     tables = []
 
-    def level_of(table):
+    def value_of(table):
         tables.append(table)
-        return levels[len(tables) - 1]
+        return values[len(tables) - 1]
 
-    pixel_tables(p_x, level_of)
-    for table, level in zip(reversed(tables), reversed(levels)):
-        push_all(stack, table, level)
+    walk_values(p_x, value_of)
+    for table, value in zip(reversed(tables), reversed(values)):
+        push_all(stack, table, value)
 
 
 def pop_image(stack, p_x):
     """Pop an image -> (1, C, H, W)."""
-    levels = []
+    values = []
 
-    def level_of(table):
-        levels.append(pop_all(stack, table))
-        return levels[-1]
+    def value_of(table):
+        values.append(pop_all(stack, table))
+        return values[-1]
 
-    pixel_tables(p_x, level_of)
+    walk_values(p_x, value_of)
     h, w = p_x.logits.shape[2:]
-    pixels = torch.from_numpy(np.stack(levels)).view(1, p_x.n, h, w).to(torch.uint8)
+    pixels = torch.from_numpy(np.stack(values)).view(1, p_x.n, h, w).to(torch.uint8)
     return from_uint8(F.pixel_shuffle(pixels, p_x.block))
 
 
-EDGES = torch.linspace(-8, 8, 2**BINS + 1, dtype=torch.float64)  # in the prior's sd
-MIDDLES = (EDGES[:-1] + EDGES[1:]) / 2
-EDGES[[0, -1]] = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
-PRIOR = slots(torch.special.ndtr(EDGES).diff().numpy()[None])
-# Where a latent's number i is pushed by its prior: what is popped next is drawn by these bits.
-ORDER = np.random.default_rng(0).permutation(math.prod(LATENT))
+PRIOR_TABLE = slots(torch.special.ndtr(EDGES).diff().numpy()[None])
 
 
 def latent_table(q, p):
-    """Slots of a latent's bins under q, (1,024, 2^BINS + 1): probabilities of intervals.
+    """Slots of a latent's bins under q, (1,024, 2^BIN_BITS + 1): probabilities of intervals.
 
     q and p are pairs of mean and sd, each (1, 16, 8, 8); bins are those of p. Bins may have no
     slot: only what was popped by this table is pushed by it.
@@ -190,7 +196,7 @@ def latent_table(q, p):
     mean = ((q[0] - p[0]) / p[1]).double().reshape(-1, 1)
     sd = (q[1] / p[1]).double().reshape(-1, 1)
     below = torch.special.ndtr((EDGES - mean) / sd)
-    return (below * 2**BITS).round().numpy().astype(np.uint64)
+    return (below * 2**SLOT_BITS).round().numpy().astype(np.uint64)
 
 
 def latent_value(bins, p):
@@ -200,13 +206,13 @@ def latent_value(bins, p):
 
 def push_prior(stack, bins):
     """Push bins (1,024,) by their probabilities under p, the same for every number."""
-    push_all(stack, np.broadcast_to(PRIOR, (len(bins), 2**BINS + 1)), bins[ORDER])
+    push_all(stack, np.broadcast_to(PRIOR_TABLE, (len(bins), 2**BIN_BITS + 1)), bins[ORDER])
 
 
 def pop_prior(stack):
     """Pop them -> (1,024,)."""
     bins = np.empty(len(ORDER), np.int64)
-    bins[ORDER] = pop_all(stack, np.broadcast_to(PRIOR, (len(bins), 2**BINS + 1)))
+    bins[ORDER] = pop_all(stack, np.broadcast_to(PRIOR_TABLE, (len(bins), 2**BIN_BITS + 1)))
     return bins
 
 
@@ -219,25 +225,28 @@ class Codec:
                 push x by p(x|y_K, z_K), z_K by its prior, …, y_1 by p(y_1|u), u by its prior
         pop     all of it backwards: u, y_1, z_1, y_2, …, x; then z_K, …, u go back by q
 
-    y is computed, not drawn: it takes no bits back. A small image is popped before larger ones.
+    y is computed, not drawn: it takes no bits back. y_1 is popped before y_2, …, x. Of a vae.py, z
+    is u and x is y_1. With a smaller K only y_{K+1} is coded, of the images that are pushed.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, K=None):
         self.model = model
         self.is_vae = isinstance(model, VAE)
-        self.K = 0 if self.is_vae else model.K
+        self.K = K
+        if K is None:
+            self.K = 0 if self.is_vae else model.K
         self.q_u = model.q_z if self.is_vae else model.q_u
         self.prior = model.p_z if self.is_vae else model.p_u
         if isinstance(self.prior, MoGPrior):
             raise UserError("a mixture prior cannot be coded number by number: take another run")
 
     def q(self, k, y_next):
-        """Mean and sd of q(z_k|y_{k+1}); for k = 0 under a flow those of v, which is coded then.
+        """Mean and sd of q(z_k|y_{k+1}); under a flow v is coded in place of u, and q is of v.
 
         Any q gives a bound. v given y_1 is no Gaussian of independent numbers; the one that costs
-        least has their sd given all others, from the diagonal of the precision of v:
-        1/sd_i² = Σ_j (∂u_j/∂v_i)² / sd_j², estimated by 64 random signs r_j, as the mean square of
-        Σ_j r_j (∂u_j/∂v_i) / sd_j.
+        least has their sds given all others, from the diagonal of the precision of v:
+        1/τ_i² = Σ_j (∂u_j/∂v_i)² / σ_j², with σ_j of u, estimated by 64 random signs r_j, as the
+        mean square of Σ_j r_j (∂u_j/∂v_i) / σ_j. The estimate scatters by 15 %.
         """
         if k:
             return moments(gaussian(self.model.q_z[k - 1](y_next)))
@@ -279,22 +288,22 @@ class Codec:
         plain = torch.contiguous_format
         y = {0: None, **{k: image.clone(memory_format=plain) for k, image in y.items()}}
         bins = []
-        images = []
+        mixtures = []
         z = None
         for k in range(self.K + 1):
             p = self.p(k, y[k], z)
             bins.append(pop_all(stack, latent_table(self.q(k, y[k + 1]), p)))
             z = self.z(k, bins[k], p)
-            images.append(self.p_image(k, y[k], z))
+            mixtures.append(self.p_image(k, y[k], z))
         for k in reversed(range(self.K + 1)):
-            push_image(stack, images[k], y[k + 1])
+            push_image(stack, mixtures[k], y[k + 1])
             push_prior(stack, bins[k])
 
     def pop(self, stack, last=None):
         """Pop an image -> (1, C, H, W); with `last` only as far as y_last, and no bits go back."""
         y = None
         z = None
-        drawn = []  # bins, and the table by which they go back
+        drawn = []  # of each latent the table by which its bins go back, and these
         for k in range(self.K + 1):
             bins = pop_prior(stack)
             p = self.p(k, y, z)
@@ -318,7 +327,8 @@ def moments(distribution):
 def random_stack(K):
     """The stack that a sender begins with: random bits, for the first image's latents.
 
-    A latent's 1,024 numbers take 10 bits at most on average, 320 words, if q knows nothing.
+    A latent takes 258 words where q is the prior, at most 310 (q four times as wide), and some
+    more, as each coder takes whole ones.
     """
     rng = np.random.default_rng(0)
     heads = rng.integers(2**32, 2**33, LANES, dtype=np.uint64)
@@ -327,8 +337,12 @@ def random_stack(K):
 
 
 def load_codec(folder, shape=None):
-    """A run's folder -> its Codec, for images of `shape` or of its dataset; and its Config."""
+    """A run's folder -> its Codec, for images of `shape`; without one also its dataset, else None.
+
+    UserError if best.pt is none of a vae.py or selfvae.py for such images.
+    """
     path = Path(folder, "best.pt")
+    images = None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
@@ -337,7 +351,8 @@ def load_codec(folder, shape=None):
         module = importlib.import_module(script)
         cfg = module.Config(**checkpoint["config"])
         if shape is None:
-            shape = load_images(cfg.dataset, cfg.data_dir, cfg.size).shape
+            images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+            shape = images.shape
         Model = module.VAE if script == "vae" else module.SelfVAE
         model = Model(cfg, tuple(shape)).eval()
         model.load_state_dict(checkpoint["model"])
@@ -345,22 +360,24 @@ def load_codec(folder, shape=None):
             pickle.UnpicklingError):
         raise UserError(f"{path} is missing, damaged, or of another model than these images "
                         "need") from None
-    return Codec(model), cfg
+    return Codec(model), images
 
 
 def fingerprint(codec, shape):
     """A hash of what a certain image makes of the stack: of all networks, as they compute here."""
-    levels = torch.arange(math.prod(shape)).view(1, *shape) % 256
+    values = torch.arange(math.prod(shape)).view(1, *shape) % 256
     stack = random_stack(codec.K)
-    codec.push(stack, from_uint8(levels.to(torch.uint8)))
+    codec.push(stack, from_uint8(values.to(torch.uint8)))
     words = np.array(stack.words, "<u4")
     return hashlib.sha256(stack.heads.astype("<u8").tobytes() + words.tobytes()).hexdigest()[:16]
 
 
 def refuse_to_overwrite(path):
     """UserError if `path` exists, or the folder in which it is to be does not."""
-    if path.exists() or not path.parent.is_dir():
-        raise UserError(f"{path} exists, or {path.parent} is no folder: nothing is overwritten")
+    if path.exists():
+        raise UserError(f"{path} exists: nothing is overwritten")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder")
 
 
 class Progress:
@@ -377,44 +394,50 @@ class Progress:
         now = time.perf_counter()
         if now > self.told + 30:
             self.told = now
-            print(f"{self.done} of {self.count} images", flush=True)
+            print(f"{self.done} of {self.count} images", file=sys.stderr, flush=True)
 
     def rate(self):
         """Images a second, so far."""
         return self.done / (time.perf_counter() - self.began)
 
 
-def first_test_images(cfg, count=None):
-    """A run's dataset, and its first `count` test images (all), batches of one."""
+def first_images(images, count=None):
+    """The first `count` images of the test split (all), in batches of one."""
     if count is not None and (not count.isdecimal() or int(count) < 1):
         raise UserError(f"COUNT must be a whole number from 1 on, not {count}")
-    images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
-    return images, Batches(images.test, 1, "cpu", count=int(count) if count else None)
+    return Batches(images.test, 1, "cpu", count=int(count) if count else None)
 
 
-def write(folder, path, count=None):
-    """The first `count` test images of the run's dataset -> FILE, and what it costs."""
-    path = Path(path)
-    refuse_to_overwrite(path)
-    codec, cfg = load_codec(folder)
-    images, test = first_test_images(cfg, count)
+def push_images(codec, test):
+    """Push them onto a new stack -> the stack, the bits it began with, images a second."""
     stack = random_stack(codec.K)
     at_first = stack.bits()
     progress = Progress(test.count)
     for x in test:
         codec.push(stack, x)
         progress.step()
-    rate = progress.rate()
+    return stack, at_first, progress.rate()
+
+
+def write(folder, path, count=None):
+    """The first `count` test images of the run's dataset -> FILE, and what it costs.
+
+    A line of JSON, the heads, then the words from the top of the stack down.
+    """
+    path = Path(path)
+    refuse_to_overwrite(path)
+    codec, images = load_codec(folder)
+    test = first_images(images, count)
+    stack, at_first, rate = push_images(codec, test)
     header = {"shape": images.shape, "count": test.count,
               "fingerprint": fingerprint(codec, images.shape)}
-    words = np.array(stack.words, "<u4").tobytes()
+    words = np.array(stack.words[::-1], "<u4").tobytes()
     content = json.dumps(header).encode() + b"\n" + stack.heads.astype("<u8").tobytes() + words
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    with open(path, "xb") as file:  # x: fails if it exists
+        file.write(content)
     dims = test.count * math.prod(images.shape)
     net = (stack.bits() - at_first) / dims
-    print(f"{test.count} images, {len(content):,} bytes: {net:.4f} bits per dimension net, "
+    print(f"images: {test.count}, bytes: {len(content):,}; {net:.4f} bits per dimension net, "
           f"{8 * len(content) / dims:.4f} with header, heads and the random bits for the first "
           f"latents; {rate:.2f} images/s")
 
@@ -427,10 +450,12 @@ def read(folder, path):
         header, body = Path(path).read_bytes().split(b"\n", 1)
         header = json.loads(header)
         shape, count, sent = header["shape"], header["count"], header["fingerprint"]
-        if type(count) is not int or count < 1 or [type(side) for side in shape] != [int] * 3:
+        if [type(number) for number in [count, *shape]] != [int] * 4:
+            raise ValueError("its header is broken")
+        if min(count, *shape) < 1 or shape[1] != shape[2]:
             raise ValueError("its header is broken")
         heads = np.frombuffer(body, "<u8", LANES).astype(np.uint64)
-        words = np.frombuffer(body, "<u4", offset=8 * LANES).astype(np.uint64).tolist()
+        words = np.frombuffer(body, "<u4", offset=8 * LANES).astype(np.uint64).tolist()[::-1]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} cannot be read, or is no file of compress.py: {error}") from None
     codec, _ = load_codec(folder, shape)
@@ -440,62 +465,62 @@ def read(folder, path):
     stack = Stack(heads, words)
     images = []
     progress = Progress(count)
-    for _ in range(count):
-        x = codec.pop(stack)
-        images.append(to_uint8(x)[0].permute(1, 2, 0).numpy())
-        progress.step()
+    damaged = f"{path} is cut short or damaged, or was written where other numbers are computed"
+    try:
+        for _ in range(count):
+            x = codec.pop(stack)
+            images.append(to_uint8(x)[0].permute(1, 2, 0).numpy())
+            progress.step()
+    except UserError as error:
+        raise UserError(f"{damaged}: {error}") from None
     first = random_stack(codec.K)
     if not np.array_equal(stack.heads, first.heads) or stack.words != first.words:
-        raise UserError(f"{path} is damaged, or was written where other numbers are computed")
-    aside = Path(f"{path}.tmp.npy")
-    np.save(aside, np.stack(images[::-1]))  # the last one was on top
-    os.replace(aside, target)
+        raise UserError(f"{damaged}: the stack does not end as it began")
+    with open(target, "xb") as file:
+        np.save(file, np.stack(images[::-1]))  # the last one was on top
     print(f"{count} images in {target}; {progress.rate():.2f} images/s")
 
 
 # ---- Sizes ---------------------------------------------------------------------------------------
 
 def sizes(folder, count=None):
-    """What the first `count` test images cost, in bits per dimension of x, as a Markdown table.
+    """What the first `count` test images cost, as a Markdown table, in bits per dimension of x.
 
-    A row for y_1, y_2, …, x: the bound on log p of it, one draw of z an image; what it adds to a
-    stack without the larger images; and what must be popped of one image to see it (the mean over
-    the first ten), with all latents' bits in full, as none has come back yet.
+    A row for y_1, y_2, …, x: minus the bound on log p of it, one draw of z an image; what it adds
+    to a stack on which only it is coded; and what is popped of one image until it is seen, the mean
+    of the first ten, with the latents in full, as their bits have not yet come back. Then how much
+    lies on a stack at first; minus the importance-weighted bound; files of PNG and WebP.
     """
-    codec, cfg = load_codec(folder)
-    images, test = first_test_images(cfg, count)
-    torch.manual_seed(0)
+    codec, images = load_codec(folder)
+    test = first_images(images, count)
     dims = math.prod(images.shape)
+    torch.manual_seed(0)
+    weighted = importance_weighted(codec.model, test, 16, dims)
     costs = list(mean_terms(codec.model, test).values())  # of u and y_1, z_1 and y_2, …
-    prefixes = prefix_bits(codec, test)
-    print(f"| {test.count} images of {cfg.dataset} | bound | file, net | prefix of one image |")
+    popped = popped_until_seen(codec, test)
+    print("| bits per dimension of x | -bound | stack, net | popped until it is seen |")
     print("|---|---|---|---|")
-    K = codec.K
-    for k in range(K + 1):
-        codec.K = k  # nothing is coded that is larger than y_{k+1}
-        stack = random_stack(k)
-        at_first = stack.bits()
-        for x in test:
-            codec.push(stack, x)
+    for k in range(codec.K + 1):
+        stack, at_first, _ = push_images(Codec(codec.model, k), test)
         bits = (stack.bits() - at_first) / test.count
         bound = bits_per_dim(sum(costs[:2 * k + 2]), dims)
-        name = "x" if k == K else f"y_{k + 1}"
-        print(f"| {name} | {bound:.4f} | {bits / dims:.4f} | {prefixes[k] / dims:.4f} |")
-    print(f"\nRandom bits of the beginning: {at_first:,.0f}, {at_first / bits:.2f} images; of "
-          f"{math.ceil(100 * at_first / bits)} images they are 1 %.")
-    weighted = importance_weighted(codec.model, test, 16, dims)
-    print(f"log p(x) by 16 importance samples: {weighted['iw_bpd']:.4f}")
-    for name, options in (("PNG", {"optimize": True}), ("WebP", {"lossless": True, "quality": 100,
-                                                                 "method": 6})):
+        name = "x" if k == codec.K else f"y_{k + 1}"
+        print(f"| {name} | {bound:.4f} | {bits / dims:.4f} | {popped[k] / dims:.4f} |")
+    print(f"| x, -bound by 16 importance samples | {weighted['iw_bpd']:.4f} | | |")
+    for name, options in (("PNG", {"optimize": True}),
+                          ("WebP", {"lossless": True, "quality": 100, "method": 6})):
         total = 0
         for image in images.test[:test.count]:
             file = io.BytesIO()
             TF.to_pil_image(image).save(file, name, **options)
             total += 8 * len(file.getvalue())
-        print(f"{name}, a file each: {total / test.count / dims:.4f}")
+        print(f"| x as {name}, a file each | | {total / test.count / dims:.4f} | |")
+    print(f"\nImages: {test.count}, of {images.name}. The stack began with {at_first:,.0f} bits, "
+          f"as many as {at_first / bits:.2f} images cost: 1 % of "
+          f"{math.ceil(100 * at_first / bits)}.")
 
 
-def prefix_bits(codec, test):
+def popped_until_seen(codec, test):
     """Mean bits that are popped of an image until y_1 is seen, y_2, …, x, over the first ten."""
     popped = np.zeros(codec.K + 1)
     n = 0
@@ -510,29 +535,29 @@ def prefix_bits(codec, test):
     return popped / n
 
 
-def main(words):
+def main(argv):
     """Do what the command line says -> the exit code."""
-    if words in (["--help"], ["-h"]):
+    if argv in (["--help"], ["-h"]):
         print(__doc__)
         return 0
     torch.set_num_threads(1)
     try:
-        if words[:1] == ["write"] and len(words) in (3, 4):
+        if argv[:1] == ["write"] and len(argv) in (3, 4):
             command = write
-        elif words[:1] == ["read"] and len(words) == 3:
+        elif argv[:1] == ["read"] and len(argv) == 3:
             command = read
-        elif words[:1] == ["sizes"] and len(words) in (2, 3):
+        elif argv[:1] == ["sizes"] and len(argv) in (2, 3):
             command = sizes
         else:
             raise UserError("write RUN_FOLDER FILE [COUNT], read RUN_FOLDER FILE, or sizes "
                             "RUN_FOLDER [COUNT]; see --help")
         with torch.no_grad(), cached():
-            command(*words[1:])
-    except (UserError, OSError) as error:
+            command(*argv[1:])
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"compress.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 

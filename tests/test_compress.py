@@ -71,12 +71,12 @@ def test_every_symbol_keeps_a_slot(compress):
 
 
 def test_bins_have_the_probability_of_their_interval(compress):
-    """Else latents cost something else than the KL; a narrow q falls into the bins around it."""
+    """Else latents cost something else than the KL; a narrow q falls into the bin of its mean."""
     p = (torch.randn(1, 16, 8, 8), torch.rand(1, 16, 8, 8) + 0.1)
     edges = torch.linspace(-8, 8, 1025)
     mass = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff().numpy() * 2**20
     assert abs(np.diff(compress.latent_table(p, p).astype(int)) - mass).max() <= 1.2
-    prior = np.diff(compress.PRIOR.astype(int))[0]
+    prior = np.diff(compress.PRIOR_TABLE.astype(int))[0]
     assert prior.min() == 1 and abs(prior - mass * (1 - 2**-10) - 1).max() <= 1.2
     bins = np.random.default_rng(0).integers(0, 2**10, 1024)
     value = compress.latent_value(bins, p)
@@ -101,14 +101,14 @@ def test_latents_are_drawn_apart_from_those_before(compress):
 
 
 def test_a_symbol_with_all_slots_costs_nothing(compress):
-    """Else 2^20 slots overflow. One without a slot, which only a damaged file has, is an error."""
+    """Else count · 2^44 is 2^64, an overflow. One without a slot is of a damaged file: an error."""
     stack = compress.random_stack(0)
     before = stack.heads.copy()
     table = np.broadcast_to(np.array([0, 0, 2**20, 2**20], np.uint64), (64, 4))
     compress.push_all(stack, table, np.ones(64, np.int64))
     assert np.array_equal(stack.heads, before)
     assert (compress.pop_all(stack, table) == 1).all()
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="without a slot"):
         compress.push_all(stack, table, np.zeros(64, np.int64))
 
 
@@ -232,20 +232,23 @@ def test_a_prefix_is_the_small_image(compress):
         y = model.representations(x[:1])
         assert torch.equal(codec.pop(stack, last=1), y[1])
     of_y_1 = 8 * 3 * 8 * 8
-    assert whole - stack.bits() < 1024 * compress.BINS + 1.5 * of_y_1
+    assert whole - stack.bits() < 8.5 * 1024 + 1.5 * of_y_1
 
 
 def test_q_of_a_flow_has_the_sd_of_its_precision(compress, monkeypatch):
-    """Else bins are drawn too far out. For v = a u number by number that sd is a times u's."""
+    """Else bins are drawn too far out, as by the marginals' sds. Here u = v + v reversed / 2.
+
+    So 1/τ_i² = 1/σ_i² + 1/4σ_j², j the number opposite, but for the noise of 64 signs.
+    """
     model, x = make("vae", prior="realnvp")
-    a = torch.rand(1, 16, 8, 8) + 0.5
-    monkeypatch.setattr(model.p_z.flow, "forward", lambda u: (a * u, None))
-    monkeypatch.setattr(model.p_z.flow, "inverse", lambda v: v / a)
+    monkeypatch.setattr(model.p_z.flow, "inverse", lambda v: v + v.flip(1) / 2)
+    monkeypatch.setattr(model.p_z.flow, "forward", lambda u: ((u - u.flip(1) / 2) / 0.75, None))
     with torch.no_grad():
         mean, sd = compress.Codec(model).q(0, x[:1])
         q = compress.gaussian(model.q_z(x[:1]))
-    torch.testing.assert_close(mean, a * q.mean)
-    torch.testing.assert_close(sd, a * q.stddev)
+    torch.testing.assert_close(mean, (q.mean - q.mean.flip(1) / 2) / 0.75)
+    expected = (q.variance.reciprocal() + q.variance.flip(1).reciprocal() / 4).rsqrt()
+    assert (sd / expected).log().mean().abs() < 0.03 and (sd / expected).log().std() < 0.25
 
 
 def test_a_mixture_prior_is_refused(compress):
@@ -286,24 +289,30 @@ def test_files_come_back(compress, folder_of, tmp_path, tiny_data, script, flags
     assert compress.main(["read", folder, str(path)]) == 2
 
 
-def test_sizes(compress, folder_of, capsys):
-    """Else the table says something else than `write`, the bound and the prefixes.
+@pytest.mark.parametrize("script, flags, rows", [
+    ("selfvae", dict(levels=1, block=2), 2), ("vae", dict(dataset="mnist"), 1)])
+def test_sizes(compress, folder_of, tmp_path, capsys, script, flags, rows):
+    """Else the table says something else than `write`, the bound, and what is popped.
 
-    Of three images of 16x16: each row costs more than the one above, and a prefix has the
-    latents' bits in full.
+    Of three images of 16x16. What is popped has the latents in full, some 8 bits a number.
     """
-    folder = str(folder_of("selfvae", levels=1, block=2))
+    folder = str(folder_of(script, **flags))
+    assert compress.main(["write", folder, str(tmp_path / "images.ans"), "3"]) == 0
+    written = float(capsys.readouterr().out.split("; ")[1].split()[0])
     assert compress.main(["sizes", folder, "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = []
-    for line in lines[2:4]:
-        rows.append([float(cell) for cell in line.split("|")[2:5]])
-    dims = 3 * 16 * 16
-    for (bound, net, prefix), latents in zip(rows, (1, 2)):
-        assert net == pytest.approx(bound, rel=0.02)
-        assert net + 5 * latents * 1024 / dims < prefix < net + 20 * latents * 1024 / dims
-    assert rows[0][0] < rows[1][0]
-    assert lines[4] == "" and lines[7].startswith("PNG") and lines[8].startswith("WebP")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    dims = 16 * 16 * (1 if "dataset" in flags else 3)
+    below = 0
+    for k in range(rows):
+        bound, net, popped = [float(cell) for cell in cells[2 + k][1:]]
+        assert net == pytest.approx(bound, rel=0.02) and net > below
+        below = net
+        assert net < popped < net + 9 * (k + 1) * 1024 / dims
+    assert cells[1 + rows][0] == "x" and net == pytest.approx(written, abs=1e-4)
+    assert float(cells[2 + rows][1]) == pytest.approx(bound, rel=0.05)
+    for cell, name in ((3 + rows, "PNG"), (4 + rows, "WebP")):
+        assert name in cells[cell][0] and 0 < float(cells[cell][2]) < 16
 
 
 def test_bad_files(compress, folder_of, tmp_path, capsys):
@@ -333,10 +342,11 @@ def test_bad_files(compress, folder_of, tmp_path, capsys):
     changed = bytearray(body)
     changed[-500] ^= 1
     cases = {
-        "cut short": header + b"\n" + body[:8 * 64 + 40],
+        "run empty": header + b"\n" + body[:8 * 64 + 40],
         "damaged": header + b"\n" + bytes(changed),
         "no file of compress.py": b"something else",
         "header is broken": header.replace(b'"count": 2', b'"count": "2"') + b"\n" + body,
+        "its header": header.replace(b"[3, 16, 16]", b"[3, 16, 32]") + b"\n" + body,
         "of another model": header.replace(b"[3, 16, 16]", b"[1, 16, 16]") + b"\n" + body,
     }
     for says, broken in cases.items():
