@@ -165,9 +165,11 @@ def weights(name):
           f"| {path.stat().st_size / 1e6:.2f} | {sha} |")
 
 
-BOUNDS = ["run", "steps", "validation bpd", "ELBO bpd", "IW-16 bpd ± se", "ELBO bpd, same images",
-          "RE", "KL", "parameters", "minutes of a core"]
-GAMES = ["run", "steps", "pixel distance", "the same, last three validations", "KL, nats",
+BOUNDS = ["steps", "validation bpd", "ELBO bpd", "IW-16 bpd ± se", "ELBO bpd, same images", "RE",
+          "KL", "parameters", "minutes of a core"]
+TERMS = ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x", "dB of draws given y", "of means",
+         "of bicubic"]
+GAMES = ["steps", "pixel distance", "the same, last three validations", "KL, nats",
          "latents in use", "contrast, nats", "accuracy, %", "D: real", "reconstructed", "sampled",
          "probe, % wrong (pixels)", "minutes of a core"]
 
@@ -175,10 +177,23 @@ GAMES = ["run", "steps", "pixel distance", "the same, last three validations", "
 def row_of_bounds(results, log):
     """The columns BOUNDS of a run of vae.py, selfvae.py or realnvp.py, which has no latents."""
     validations = [logged["bpd"] for logged in log if logged["split"] == "valid"]
-    return [f"{min(validations):.3f}", f"{results['elbo_bpd']:.3f}",
+    return [f"{results['step']:,}", f"{min(validations):.3f}", f"{results['elbo_bpd']:.3f}",
             f"{results['iw_bpd']:.3f} ± {results['iw_bpd_se']:.3f}",
             f"{results['iw_elbo_bpd']:.3f}", number(results.get("re_nats"), ",.0f"),
-            number(results.get("kl_nats"), ",.0f")]
+            number(results.get("kl_nats"), ",.0f"), f"{results['parameters']:,}",
+            number(results.get("core_minutes"), ".0f")]
+
+
+def row_of_terms(results, log):
+    """The columns TERMS of a run of selfvae.py: in bits per dimension of x, then PSNR of x̂."""
+    bpd_of_a_nat = results["elbo_bpd"] / (results["re_nats"] + results["kl_nats"])
+    cells = []
+    for name in TERMS[:6]:
+        nats = results.get(name)
+        cells.append(number(nats and nats * bpd_of_a_nat, ".3f"))
+    for name in ("conditional_generate_psnr", "conditional_generate_psnr_mean", "bicubic_psnr"):
+        cells.append(number(results.get(name), ".2f"))
+    return cells
 
 
 def row_of_games(results, log):
@@ -186,12 +201,13 @@ def row_of_games(results, log):
     training = [logged for logged in log if logged["split"] == "train"][-1]
     validations = [logged["pixel_distance"] for logged in log if logged["split"] == "valid"]
     accuracy = 100 * training["accuracy"] if "accuracy" in training else None
-    return [f"{results['pixel_distance']:.1f}", ", ".join(f"{v:.0f}" for v in validations[-3:]),
-            f"{results['kl']:.1f}", f"{results['active']}", number(training.get("contrast"), ".2f"),
+    return [f"{results['step']:,}", f"{results['pixel_distance']:.1f}",
+            ", ".join(f"{value:.0f}" for value in validations[-3:]), f"{results['kl']:.1f}",
+            f"{results['active']}", number(training.get("contrast"), ".2f"),
             number(accuracy, ".1f"), number(training.get("real"), ".2f"),
             number(training.get("reconstructed"), ".2f"), number(training.get("sampled"), ".2f"),
             f"{results['probe_error_percent']:.1f} ± {results['probe_error_percent_ci95']:.1f} "
-            f"({results['pixels_error_percent']:.1f})"]
+            f"({results['pixels_error_percent']:.1f})", number(results.get("core_minutes"), ".0f")]
 
 
 def number(value, form):
@@ -200,18 +216,14 @@ def number(value, form):
 
 
 def print_table(names, columns, row):
-    """The rows of docs/results.md: what a run's results, and its last validations, say."""
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    """The rows of docs/results.md: what a run's results, and its validations, say."""
+    print("| run | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name in names:
         path = LOGS / f"{name}-results.json"
-        if not path.exists():
-            continue
-        results = json.loads(path.read_text())
-        cells = [name, f"{results['step']:,}", *row(results, rows_of(LOGS / f"{name}-log.jsonl"))]
-        if columns is BOUNDS:
-            cells.append(f"{results['parameters']:,}")
-        cells.append(number(results.get("core_minutes"), ".0f"))
-        print("| " + " | ".join(cells) + " |")
+        if path.exists():
+            cells = row(json.loads(path.read_text()), rows_of(LOGS / f"{name}-log.jsonl"))
+            print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
 
 
 def main(action="run", *parts):
@@ -234,10 +246,12 @@ def main(action="run", *parts):
         for name in names:
             weights(name)
     elif action == "table":
-        games = [name for name in names if COMMANDS[name].startswith("dcvae.py")]
-        print_table([name for name in names if name not in games], BOUNDS, row_of_bounds)
-        print()
-        print_table(games, GAMES, row_of_games)
+        of = {"vae.py": [], "selfvae.py": [], "realnvp.py": [], "dcvae.py": []}
+        for name in names:
+            of[COMMANDS[name].split()[0]].append(name)
+        print_table([name for name in names if name not in of["dcvae.py"]], BOUNDS, row_of_bounds)
+        print_table(of["selfvae.py"], TERMS, row_of_terms)
+        print_table(of["dcvae.py"], GAMES, row_of_games)
     else:
         sys.exit("python tests/longruns.py run, list, table, keep or weights")
 
