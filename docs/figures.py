@@ -372,23 +372,27 @@ RACERS = {"imagenette-vae-block1": "VAE", "imagenette-vae-block2": "VAE, --block
 def race(batch_size=8):
     """Bits per dimension at 64x64: lines are training, means of 250 steps; crosses validation.
 
-    A step's time is that of the run's minutes of a core, which count its evaluations.
+    A step's time is that of its model's last seed: minutes of a core, evaluations included.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     over_images, over_time = figure.subplots(1, 2, sharey=True)
     for i, (name, label) in enumerate(RACERS.items()):
-        for path in sorted(LOGS.glob(f"{name}-s[0-9]-results.json")):
-            results = json.loads(path.read_text())
-            lines = Path(str(path).replace("results.json", "log.jsonl")).read_text().splitlines()
-            log = [json.loads(line) for line in lines]
-            minutes = results["core_minutes"] / results["step"]
-            for axes, unit in ((over_images, batch_size), (over_time, minutes)):
-                for split, style in (("train", "-"), ("valid", "x")):
-                    rows = [row for row in log if row["split"] == split]
-                    lines = axes.plot([row["step"] * unit for row in rows],
-                                      [row["bpd"] for row in rows], style, color=f"C{i}")
-        lines[0].set_label(label)
-    over_images.set(xlabel="images seen", ylabel="bits per dimension", ylim=(3.7, 5.7))
+        paths = sorted(LOGS.glob(f"{name}-s[0-9]-log.jsonl"))
+        if not paths:
+            continue
+        results = json.loads(Path(str(paths[-1]).replace("log.jsonl", "results.json")).read_text())
+        minutes = results["core_minutes"] / results["step"]
+        for path in paths:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            if rows[-1]["split"] == "valid":
+                del rows[-2]  # the mean of less than 250 steps
+            for split, style in (("train", "-"), ("valid", "x")):
+                steps = [row["step"] for row in rows if row["split"] == split]
+                bpd = [row["bpd"] for row in rows if row["split"] == split]
+                over_images.plot([batch_size * step for step in steps], bpd, style, color=f"C{i}")
+                over_time.plot([minutes * step for step in steps], bpd, style, color=f"C{i}")
+        over_time.plot([], [], color=f"C{i}", label=label)
+    over_images.set(xlabel="images seen", ylabel="bits per dimension", ylim=(3.8, 6))
     over_time.set(xlabel="minutes of a core")
     over_time.legend()
     over_images.grid(alpha=0.3)

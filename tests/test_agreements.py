@@ -168,7 +168,8 @@ def test_checker_notices_tampering(before, after, told):
 # ---- Imports -------------------------------------------------------------------------------------
 
 ALLOWED = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "matplotlib", "pytest"}
-LOCAL = {"conftest", "exercises", "pair", "plumbing", "test_agreements", "test_runs", *SCRIPTS}
+LOCAL = {"conftest", "exercises", "longruns", "pair", "plumbing", "test_agreements", "test_runs",
+         *SCRIPTS}
 
 
 @pytest.mark.parametrize("file", PYTHON)

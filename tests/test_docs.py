@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import common
+import longruns
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks
 from exercises import definition, emptied, exercises, lines_of, trees
 from test_agreements import MARK, PAGES, PYTHON, SOURCES, commands
@@ -40,6 +41,16 @@ def all_tests():
 
 
 TESTS = all_tests()
+
+
+def test_rows_of_the_results_are_those_of_the_runs(capsys):
+    """Else a number in results.md was typed by hand, or is of another run than docs/logs."""
+    longruns.main("table")
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith("| ") and not line.startswith("| run ")]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in TEXTS["results.md"].splitlines(), row
 
 
 def test_every_test_named_in_the_docs_exists():
