@@ -605,7 +605,8 @@ def test_trained_weights_are_a_model_of_today(path):
     module = importlib.import_module(checkpoint["script"])
     cfg = module.Config(**checkpoint["config"])
     size = common.DATASETS[cfg.dataset][0]
-    model = getattr(module, MODELS[checkpoint["script"]])(cfg, (3, size, size)).eval()
+    shape = (1 if cfg.dataset == "mnist" else 3, size, size)
+    model = getattr(module, MODELS[checkpoint["script"]])(cfg, shape).eval()
     model.load_state_dict(checkpoint["model"])
     if cfg.dataset == "shapes":
         pixels, _ = common.make_shapes(8, size, seed=1)
