@@ -169,7 +169,7 @@ def test_checker_notices_tampering(before, after, told):
 
 ALLOWED = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "matplotlib", "pytest"}
 LOCAL = {"conftest", "exercises", "longruns", "pair", "plumbing", "test_agreements", "test_runs",
-         *SCRIPTS}
+         "wake", *SCRIPTS}
 
 
 @pytest.mark.parametrize("file", PYTHON)

@@ -14,6 +14,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import selfvae
 import vae
+import wake
 from common import (
     Batches, Dmol, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, psnr, quantize,
     to_uint8)
@@ -993,3 +994,45 @@ def test_variations_share_the_other_latents(redrawn):
         z = calls[0][-1].unflatten(0, (2, 3))
         assert torch.equal(z[:, 0], z[:, 1]) == (name not in redrawn)
         assert not torch.equal(z[0], z[1])
+
+
+# ---- What tests/wake.py changes in training ------------------------------------------------------
+
+def test_warm_up(monkeypatch):
+    """The KL of z_1 alone is weighted, by the share of the warm-up that is done."""
+    monkeypatch.setattr(wake, "WARM_UP_STEPS", 4)
+    model = wake.WarmUp(Config(small=True), (3, 16, 16))
+    x = noise_images(4)
+    for weight in (0.25, 0.5, 0.75, 1, 1):
+        costs = seeded(model, x)
+        terms = seeded(model.terms, x)
+        terms["kl_z_1"] = weight * terms["kl_z_1"]
+        torch.testing.assert_close(costs, terms)
+
+
+@pytest.mark.parametrize("free, share", [(0.5, 1), (2.0, 0)])
+def test_free_bits(monkeypatch, free, share):
+    """A mean KL above what is free has its gradient, one below it costs that and has none."""
+    model = wake.FreeBits(Config(small=True), (3, 16, 16))
+    x = noise_images(4)
+    kl = seeded(model.terms, x)["kl_z_1"].mean()
+    bias = model.q_z[0][-1].bias
+    wanted, = torch.autograd.grad(kl, bias)
+    assert wanted.abs().max() > 0
+    monkeypatch.setattr(wake, "FREE_NATS", free * kl.item())
+    cost = seeded(model, x)["kl_z_1"].mean()
+    torch.testing.assert_close(cost, max(1, free) * kl)
+    gradient, = torch.autograd.grad(cost, bias)
+    torch.testing.assert_close(gradient, share * wanted)
+
+
+def test_without_y():
+    """Where z is known, p(x|y, z) differs from one y to another by its shift alone."""
+    model = wake.WithoutY(Config(small=True), (3, 16, 16))
+    p_x = model.p_x[0]
+    z = torch.randn(1, *selfvae.LATENT)
+    seen = inputs_of(p_x.joint[0])
+    for _ in range(2):
+        p_x(halved(noise_images(1)), z)
+    torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
+    assert seen[0][0].abs().max() > 0
