@@ -199,7 +199,7 @@ def growth():
         axes.set(title=title, yscale="log", xscale="linear" if 0 in ticks else "log",
                  xticks=ticks, xticklabels=ticks)
         axes.minorticks_off()
-    panels[0].legend(fontsize="small")
+    panels[1].legend(fontsize="small", loc="center")
     last.plot(list(samples), list(samples.values()), ".-")
     last.set(title="S (one image), seconds", xscale="log", yscale="log",
              xticks=list(samples), xticklabels=list(samples))
