@@ -62,6 +62,10 @@ COMMANDS = {
     "cifar10-warm-up": f"tests/wake.py warm-up {TRIAL}",
     "cifar10-free-bits": f"tests/wake.py free-bits {TRIAL}",
     "cifar10-without-y": f"tests/wake.py without-y {TRIAL}",
+    "cifar10-vae-block2-warm-up":
+        f"tests/wake.py warm-up --levels 0 --block 2 --steps 8000 {CIFAR10}",
+    "cifar10-vae-block2-free-bits":
+        f"tests/wake.py free-bits --levels 0 --block 2 --steps 8000 {CIFAR10}",
     "cifar10-sketch": f"selfvae.py --transform sketch {TRIAL}",
     "cifar10-grayscale": f"selfvae.py --transform grayscale {TRIAL}",
     "cifar10-edges": f"selfvae.py --transform edges {TRIAL}",

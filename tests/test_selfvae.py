@@ -998,15 +998,16 @@ def test_variations_share_the_other_latents(redrawn):
 
 # ---- What tests/wake.py changes in training ------------------------------------------------------
 
-def test_warm_up(monkeypatch):
-    """The KL of z_1 alone is weighted, by the share of the warm-up that is done."""
+@pytest.mark.parametrize("levels, name", [(0, "kl_u"), (1, "kl_z_1")])
+def test_warm_up(monkeypatch, levels, name):
+    """The KL of z_1 alone, of u in a VAE, is weighted by the share of the warm-up that is done."""
     monkeypatch.setattr(wake, "WARM_UP_STEPS", 4)
-    model = wake.WarmUp(Config(small=True), (3, 16, 16))
+    model = wake.WarmUp(Config(levels=levels, small=True), (3, 16, 16))
     x = noise_images(4)
     for weight in (0.25, 0.5, 0.75, 1, 1):
         costs = seeded(model, x)
         terms = seeded(model.terms, x)
-        terms["kl_z_1"] = weight * terms["kl_z_1"]
+        terms[name] = weight * terms[name]
         torch.testing.assert_close(costs, terms)
 
 

@@ -6,8 +6,9 @@
     python tests/wake.py without-y FLAGS    the network of p(y_{k+1}|y_k, z_k) does not see y_k,
                                             which is the mixtures' shift as before
 
-FLAGS are those of selfvae.py, without --resume. Only training changes: what is validated and
-evaluated is the bound, and `selfvae.py --eval` evaluates a run of the first two.
+With --levels 0, a VAE, kl_u takes the place of kl_z_k. FLAGS are those of selfvae.py, without
+--resume. The first two change training only: what is validated and evaluated is the bound, and
+`selfvae.py --eval` evaluates their runs.
 """
 
 import sys
@@ -23,8 +24,13 @@ WARM_UP_STEPS = 1500
 FREE_NATS = 150  # an image and level; 0.07 bits per dimension of CIFAR-10
 
 
+def kl_terms(model):
+    """Names of the KLs that may fall to 0: those of every z_k, of u where there is no other."""
+    return [f"kl_{name}" for name in model.latents[1:] or ["u"]]
+
+
 class WarmUp(selfvae.SelfVAE):
-    """The KL of every z_k costs nothing at first (Bowman et al. 2016, section 3.1)."""
+    """The KL costs nothing at first (Bowman et al. 2016, section 3.1)."""
 
     steps = 0
 
@@ -32,8 +38,8 @@ class WarmUp(selfvae.SelfVAE):
         """The terms that are minimised, each (B,) in nats; one call is one step."""
         self.steps += 1
         terms = self.terms(x)
-        for name in self.latents[1:]:
-            terms[f"kl_{name}"] = min(1, self.steps / WARM_UP_STEPS) * terms[f"kl_{name}"]
+        for name in kl_terms(self):
+            terms[name] = min(1, self.steps / WARM_UP_STEPS) * terms[name]
         return terms
 
 
@@ -43,9 +49,8 @@ class FreeBits(selfvae.SelfVAE):
     def forward(self, x):
         """The terms that are minimised, each (B,) in nats."""
         terms = self.terms(x)
-        for name in self.latents[1:]:
-            kl = terms[f"kl_{name}"].mean().clamp(min=FREE_NATS)
-            terms[f"kl_{name}"] = kl.expand(len(x))
+        for name in kl_terms(self):
+            terms[name] = terms[name].mean().clamp(min=FREE_NATS).expand(len(x))
         return terms
 
 
