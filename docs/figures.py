@@ -11,7 +11,9 @@
     python docs/figures.py blocks RUN_FOLDER RUN_FOLDER
                                        seconds: draws of x given y by a selfvae.py without and with
                                        --block 2, and how far d of them is from y
-
+    python docs/figures.py given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
+                                       a second: y and draws of x given y by selfvae.py with five
+                                       transformations, from their reconstructions/
     python docs/figures.py sides RUN_FOLDER
                                        a second: what a growing dcvae.py made of the same codes
                                        at the end of each side, from its samples/
@@ -350,6 +352,20 @@ def blocks(*runs, data_dir="data"):
     selfvae.save_grid(FOLDER / "blocks.png", *rows)
 
 
+def given(*runs):
+    """x, then for each run y and a draw of x given y, 8 in a row, from its reconstructions/."""
+    pictures = []
+    for run in runs:
+        sheet = read_image(Path(run, "reconstructions", "test.png"))
+        height = (sheet.shape[2] - 2) // 8  # of a row: a picture, and the 2 pixels of white above
+        rows = sheet.split(height, 1)
+        x, y, _, draw = rows[:4]
+        if not pictures:
+            pictures.append(x)
+        pictures += [y, draw]
+    save_image(torch.cat(pictures, 1) / 255, FOLDER / "given.png")
+
+
 def sides(run):
     """The first row of a run's last samples/ at every side, one below the other."""
     run = Path(run)
@@ -403,8 +419,8 @@ def race(batch_size=8):
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "blocks": blocks, "sides": sides, "race": race}
-    folders = {"tighten": 1, "blocks": 2, "sides": 1}
+               "blocks": blocks, "given": given, "sides": sides, "race": race}
+    folders = {"tighten": 1, "blocks": 2, "given": 5, "sides": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)

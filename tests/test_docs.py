@@ -468,6 +468,20 @@ def test_figures_can_be_drawn(tmp_path, monkeypatch, tiny_data, capsys):
         figures.tighten(tmp_path)
 
 
+def test_figure_of_y_and_x_given_y(tmp_path, monkeypatch):
+    """Of the rows x, y, CR, CG, RS1, RS2 of every run y and CG are shown, x once."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    figures = importlib.import_module("figures")
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    rows = [torch.full((8, 3, 16, 16), 0.2 * i - 0.5) for i in range(6)]
+    figures.selfvae.save_grid(tmp_path / "reconstructions" / "test.png", *rows)
+    figures.given(tmp_path, tmp_path)
+    picture = matplotlib.image.imread(tmp_path / "given.png")
+    seen = [picture[8 + 18 * i, 8, 0] for i in range(len(picture) // 18)]
+    wanted = [(rows[i][0, 0, 0, 0] + 1) / 2 for i in (0, 1, 3, 1, 3)]
+    np.testing.assert_allclose(seen, wanted, atol=1 / 255)
+
+
 # ---- Code blocks and numeric examples ------------------------------------------------------------
 
 @pytest.mark.parametrize("page", TEXTS)
