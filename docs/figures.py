@@ -357,9 +357,8 @@ def given(*runs):
     pictures = []
     for run in runs:
         sheet = read_image(Path(run, "reconstructions", "test.png"))
-        height = (sheet.shape[2] - 2) // 8  # of a row: a picture, and the 2 pixels of white above
-        rows = sheet.split(height, 1)
-        x, y, _, draw = rows[:4]
+        height = (sheet.shape[2] - 2) // 8  # of a row: a picture, and the 2 black pixels above it
+        x, y, _, draw = sheet.split(height, 1)[:4]
         if not pictures:
             pictures.append(x)
         pictures += [y, draw]

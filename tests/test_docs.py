@@ -473,13 +473,17 @@ def test_figure_of_y_and_x_given_y(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
-    rows = [torch.full((8, 3, 16, 16), 0.2 * i - 0.5) for i in range(6)]
-    figures.selfvae.save_grid(tmp_path / "reconstructions" / "test.png", *rows)
-    figures.given(tmp_path, tmp_path)
-    picture = matplotlib.image.imread(tmp_path / "given.png")
-    seen = [picture[8 + 18 * i, 8, 0] for i in range(len(picture) // 18)]
-    wanted = [(rows[i][0, 0, 0, 0] + 1) / 2 for i in (0, 1, 3, 1, 3)]
-    np.testing.assert_allclose(seen, wanted, atol=1 / 255)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    levels = torch.randint(256, (2, 6, 16))  # of every run, kind and image, all its pixels alike
+    for run, kinds in zip(runs, levels):
+        run.mkdir()
+        sets = [common.from_uint8(kind.view(16, 1, 1, 1).expand(16, 3, 16, 16)) for kind in kinds]
+        figures.selfvae.save_grid(run / "reconstructions" / "test.png", *sets)
+    figures.given(*runs)
+    picture = (255 * matplotlib.image.imread(tmp_path / "given.png")).round()
+    seen = picture[10::18, 10::18, 0]
+    wanted = [levels[run, kind, :8] for run, kind in ((0, 0), (0, 1), (0, 3), (1, 1), (1, 3))]
+    np.testing.assert_allclose(seen, torch.stack(wanted), atol=1)
 
 
 # ---- Code blocks and numeric examples ------------------------------------------------------------

@@ -998,42 +998,57 @@ def test_variations_share_the_other_latents(redrawn):
 
 # ---- What tests/wake.py changes in training ------------------------------------------------------
 
-@pytest.mark.parametrize("levels, name", [(0, "kl_u"), (1, "kl_z_1")])
-def test_warm_up(monkeypatch, levels, name):
-    """The KL of z_1 alone, of u in a VAE, is weighted by the share of the warm-up that is done."""
+@pytest.mark.parametrize("levels, names", [
+    (0, ["kl_u"]), (1, ["kl_z_1"]), (2, ["kl_z_1", "kl_z_2"])])
+def test_warm_up(monkeypatch, levels, names):
+    """The KL of every z_k, of u in a VAE, is weighted by the share of the warm-up that is done.
+
+    Initialisation and the bound do not count as steps.
+    """
     monkeypatch.setattr(wake, "WARM_UP_STEPS", 4)
-    model = wake.WarmUp(Config(levels=levels, small=True), (3, 16, 16))
-    x = noise_images(4)
+    model = wake.WarmUp(Config(levels=levels, small=True), (3, 32, 32))
+    x = noise_images(4, size=32)
+    model.initialize(x)
     for weight in (0.25, 0.5, 0.75, 1, 1):
         costs = seeded(model, x)
         terms = seeded(model.terms, x)
-        terms[name] = weight * terms[name]
+        seeded(model.elbo, x)
+        for name in names:
+            terms[name] = weight * terms[name]
         torch.testing.assert_close(costs, terms)
 
 
-@pytest.mark.parametrize("free, share", [(0.5, 1), (2.0, 0)])
-def test_free_bits(monkeypatch, free, share):
-    """A mean KL above what is free has its gradient, one below it costs that and has none."""
-    model = wake.FreeBits(Config(small=True), (3, 16, 16))
+@pytest.mark.parametrize("levels, name", [(0, "kl_u"), (1, "kl_z_1")])
+@pytest.mark.parametrize("free", [0.999, 2.0])
+def test_free_bits(monkeypatch, levels, name, free):
+    """A mean KL above what is free has its whole gradient, one below it costs that and has none."""
+    model = wake.FreeBits(Config(levels=levels, small=True), (3, 16, 16))
     x = noise_images(4)
-    kl = seeded(model.terms, x)["kl_z_1"].mean()
-    bias = model.q_z[0][-1].bias
+    terms = seeded(model.terms, x)
+    kl = terms[name].mean()
+    assert terms[name].min() < 0.999 * kl  # so a floor for each image would show
+    bias = (model.q_z[0] if levels else model.q_u)[-1].bias
     wanted, = torch.autograd.grad(kl, bias)
     assert wanted.abs().max() > 0
     monkeypatch.setattr(wake, "FREE_NATS", free * kl.item())
-    cost = seeded(model, x)["kl_z_1"].mean()
-    torch.testing.assert_close(cost, max(1, free) * kl)
-    gradient, = torch.autograd.grad(cost, bias)
-    torch.testing.assert_close(gradient, share * wanted)
+    costs = seeded(model, x)
+    gradient, = torch.autograd.grad(costs[name].mean(), bias)
+    torch.testing.assert_close(gradient, wanted if free < 1 else 0 * wanted)
+    terms[name] = max(1, free) * kl.expand(4)
+    torch.testing.assert_close(costs, terms)
 
 
-def test_without_y():
+@pytest.mark.parametrize("block", [1, 2])
+def test_without_y(block):
     """Where z is known, p(x|y, z) differs from one y to another by its shift alone."""
-    model = wake.WithoutY(Config(small=True), (3, 16, 16))
-    p_x = model.p_x[0]
+    model = wake.WithoutY(Config(levels=2, block=block, small=True), (3, 32, 32))
+    p_x = model.p_x[1]
     z = torch.randn(1, *selfvae.LATENT)
     seen = inputs_of(p_x.joint[0])
-    for _ in range(2):
-        p_x(halved(noise_images(1)), z)
+    y = [halved(noise_images(1, size=32)) for _ in range(2)]
+    means = [p_x(y_2, z).mean for y_2 in y]
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
     assert seen[0][0].abs().max() > 0
+    assert not torch.equal(*means)
+    with pytest.raises(UserError, match="levels 1"):
+        wake.WithoutY(Config(levels=0, small=True), (3, 32, 32))

@@ -1,14 +1,15 @@
 """What would it take for z to be used? selfvae.py, trained with one change. Not collected by pytest.
 
     python tests/wake.py warm-up FLAGS      kl_z_k is weighted by min(1, step / 1500)
-    python tests/wake.py free-bits FLAGS    kl_z_k costs 150 nats if it is less, on average over
-                                            the batch, so as many are free
+    python tests/wake.py free-bits FLAGS    kl_z_k, averaged over the batch, costs at least 150
+                                            nats; where it is less it has no gradient
     python tests/wake.py without-y FLAGS    the network of p(y_{k+1}|y_k, z_k) does not see y_k,
                                             which is the mixtures' shift as before
 
-With --levels 0, a VAE, kl_u takes the place of kl_z_k. FLAGS are those of selfvae.py, without
---resume. The first two change training only: what is validated and evaluated is the bound, and
-`selfvae.py --eval` evaluates their runs.
+With --levels 0, a VAE, kl_u takes the place of kl_z_k, and there is no y to hide. FLAGS are those
+of selfvae.py, with a --name, without --resume, on a GPU with --no-compile. The training lines of
+the log hold what is minimised; validated and evaluated is the bound. `selfvae.py --eval` evaluates
+the runs of the first two, `wake.py without-y --eval` those of the third.
 """
 
 import sys
@@ -19,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import selfvae  # noqa: E402 (needs the path above)
+from common import UserError  # noqa: E402
 
 WARM_UP_STEPS = 1500
 FREE_NATS = 150  # an image and level; 0.07 bits per dimension of CIFAR-10
@@ -30,7 +32,7 @@ def kl_terms(model):
 
 
 class WarmUp(selfvae.SelfVAE):
-    """The KL costs nothing at first (Bowman et al. 2016, section 3.1)."""
+    """The KL costs next to nothing at first, then linearly more (Bowman et al. 2016, 3.1)."""
 
     steps = 0
 
@@ -44,7 +46,10 @@ class WarmUp(selfvae.SelfVAE):
 
 
 class FreeBits(selfvae.SelfVAE):
-    """A KL under FREE_NATS has no gradient (Kingma et al. 2016, appendix C.8)."""
+    """A KL below FREE_NATS has no gradient (Kingma et al. 2016, free bits).
+
+    Theirs are free for each group of latents; here all 1,024 values of a level are one group.
+    """
 
     def forward(self, x):
         """The terms that are minimised, each (B,) in nats."""
@@ -55,10 +60,15 @@ class FreeBits(selfvae.SelfVAE):
 
 
 class WithoutY(selfvae.SelfVAE):
-    """What p(y_{k+1}|y_k, z_k) says beyond an enlarged y_k has to come from z_k."""
+    """What p(y_{k+1}|y_k, z_k) says beyond its shift, the enlarged y_k, has to come from z_k.
+
+    Not all of that need be sent: p(z_k|y_k, z_{k-1}) still sees y_k.
+    """
 
     def __init__(self, cfg, image_shape):
         super().__init__(cfg, image_shape)
+        if self.K == 0:
+            raise UserError("without-y takes --levels 1 or more")
         for k in range(1, self.K + 1):
             channels = self.shapes[k][0]
             self.p_x[k - 1].joint.register_forward_pre_hook(hide_last(channels))
@@ -76,6 +86,6 @@ CHANGES = {"warm-up": WarmUp, "free-bits": FreeBits, "without-y": WithoutY}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
+    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES or "--resume" in sys.argv:
         sys.exit(__doc__)
     sys.exit(selfvae.main(CHANGES[sys.argv[1]], sys.argv[2:]))
