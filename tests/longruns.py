@@ -59,6 +59,8 @@ COMMANDS = {
     "imagenette-K3-block2-s0":
         f"selfvae.py --levels 3 --lr 6e-3 --block 2 --steps 4800 {IMAGENETTE}",
     "cifar10-downscale": f"selfvae.py {TRIAL}",
+    "cifar10-downscale-s1": f"selfvae.py --seed 1 {TRIAL}",
+    "cifar10-free-bits-s1": f"tests/wake.py free-bits --seed 1 {TRIAL}",
     "cifar10-warm-up": f"tests/wake.py warm-up {TRIAL}",
     "cifar10-free-bits": f"tests/wake.py free-bits {TRIAL}",
     "cifar10-without-y": f"tests/wake.py without-y {TRIAL}",

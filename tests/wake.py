@@ -1,4 +1,4 @@
-"""What would it take for z to be used? selfvae.py, trained with one change. Not collected by pytest.
+"""What would wake z? selfvae.py, trained with one change. Not collected by pytest.
 
     python tests/wake.py warm-up FLAGS      kl_z_k is weighted by min(1, step / 1500)
     python tests/wake.py free-bits FLAGS    kl_z_k, averaged over the batch, costs at least 150
