@@ -28,12 +28,12 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Independent, Normal
-from torchvision.io import read_image
 from torchvision.utils import save_image
 
 FOLDER = Path(__file__).resolve().parent / "figures"
@@ -352,17 +352,22 @@ def blocks(*runs, data_dir="data"):
     selfvae.save_grid(FOLDER / "blocks.png", *rows)
 
 
+def read_picture(path):
+    """A PNG of a run -> (3, H, W) in [0, 1]."""
+    return torch.tensor(matplotlib.image.imread(path)[..., :3]).movedim(2, 0)
+
+
 def given(*runs):
     """x, then for each run y and a draw of x given y, 8 in a row, from its reconstructions/."""
     pictures = []
     for run in runs:
-        sheet = read_image(Path(run, "reconstructions", "test.png"))
+        sheet = read_picture(Path(run, "reconstructions", "test.png"))
         height = (sheet.shape[2] - 2) // 8  # of a row: a picture, and the 2 black pixels above it
         x, y, _, draw = sheet.split(height, 1)[:4]
         if not pictures:
             pictures.append(x)
         pictures += [y, draw]
-    save_image(torch.cat(pictures, 1) / 255, FOLDER / "given.png")
+    save_image(torch.cat(pictures, 1), FOLDER / "given.png")
 
 
 def sides(run):
@@ -374,8 +379,8 @@ def sides(run):
     for path in sorted((run / "samples").glob("[0-9]*.png")):
         side, alpha = dcvae.growth(cfg, size, int(path.stem))
         if alpha == 1:
-            last[side] = read_image(path)[:, :size + 2]
-    save_image(torch.cat(list(last.values()), 1) / 255, FOLDER / "sides.png")
+            last[side] = read_picture(path)[:, :size + 2]
+    save_image(torch.cat(list(last.values()), 1), FOLDER / "sides.png")
 
 
 # ---- race ----------------------------------------------------------------------------------------
