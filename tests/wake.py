@@ -86,6 +86,8 @@ CHANGES = {"warm-up": WarmUp, "free-bits": FreeBits, "without-y": WithoutY}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES or "--resume" in sys.argv:
+    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
         sys.exit(__doc__)
+    if "--resume" in sys.argv:
+        sys.exit("wake.py: error: its runs cannot be resumed: a warm-up would begin anew")
     sys.exit(selfvae.main(CHANGES[sys.argv[1]], sys.argv[2:]))
