@@ -40,7 +40,8 @@ DCVAE = f"{SMALL} --batch_size 32 --d_steps 1 --lr 5e-4 --momentum 0.99 --ema 0.
 FLOW = f"{SMALL} --cooldown 0.2 --batch_size 16 --eval_every 2000 --eval_images 2000 " \
        "--iw_images 200 --iw_samples 16"
 TRIAL = f"--levels 1 --lr 6e-3 --block 2 --steps 3000 {CIFAR10}"
-# 10 to 18 minutes at 32x32, 21 to 29 at 64x64. In equal time the VAE makes 1.45 and 1.75 times the steps.
+# 10 to 18 minutes at 32x32, 21 to 29 at 64x64. In equal time the VAE makes 1.45 and 1.75 times
+# the steps.
 COMMANDS = {
     "cifar10-vae-block1-s0": f"vae.py --steps 8000 {CIFAR10}",
     "cifar10-vae-block2-s0": f"vae.py --block 2 --steps 8000 {CIFAR10}",
