@@ -605,158 +605,188 @@ def augment(pixels, share=0.05):
 # δ is half a grid step. The lowest pixel value owns everything below it (the first σ alone), the
 # highest everything above it (1 - the second σ): the 256 probabilities telescope to exactly one.
 #
-# With --block 2 the same is said of 2x2 pixels at once: c runs over their n = 4C values, all four
-# of red, then of green, of blue. The n(n-1)/2 coefficients are then the same for all components, or
-# they would be most of what the network has to give, and are used without tanh.
+# Where only the values from low_c to high_c are possible, each factor is divided by its sum over
+# them, σ((high_c + δ - μ_mc) / s_mc) - σ((low_c - δ - μ_mc) / s_mc).
 # --------------------------------------------------------------------------------------------------
 
 MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
 
 
-def dmol_channels(channels, mixtures=MIXTURES, block=1):
-    """Parameters of a block of `block`² pixels, n = C·block² values: 100 for an RGB pixel.
+def dmol_channels(channels, mixtures=MIXTURES):
+    """Parameters per pixel: 100 for RGB, 30 for grey.
 
-    A component has 1 weight, n means, n log-scales. Of n(n-1)/2 couplings a pixel has as many
-    matrices as components, a larger block one for all.
+    A component has 1 weight, C means, C log-scales and C(C-1)/2 couplings of the channels.
     """
-    n = channels * block**2
-    matrices = mixtures if block == 1 else 1
-    return mixtures * (1 + 2 * n) + matrices * n * (n - 1) // 2
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 class Dmol:
     """The mixture of discretized logistics of an image, in the manner of torch.distributions.
 
-    `params` (B, P, H, W) is a network's output; with `block` 2, for blocks of 2x2 pixels, it is
-    (B, P, H/2, W/2). With `shift` (B, C or 1, H, W) the mixture is one of x - shift, called `rest`
-    below. The mixture of Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with
-    PixelCNN++'s coupling of the channels. Computed in fp32 or float64.
-
-    Shapes below: n = C·block² values of a block, h x w blocks, M components.
+    Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels.
+    `params` (B, P, H, W) is a network's output, for images of `channels` channels. With `shift`
+    (B, C or 1, H, W) the mixture is one of x - shift. `interval`, if given, restricts x: it is a
+    function of pixel values (B, C, H, W), int, that returns the lowest and the highest possible
+    value of each channel, of which those of channel c depend on the channels before c alone.
+    Computed in fp32 or float64. M is the number of components.
     """
 
-    def __init__(self, params, shift=None, mixtures=MIXTURES, block=1):
+    def __init__(self, params, channels, shift=None, interval=None):
         params = params.to(torch.promote_types(params.dtype, torch.float32))  # never in bf16
-        B, P, h, w = params.shape
-        C = 1
-        while dmol_channels(C, mixtures, block) < P:
-            C += 1
-        n = C * block**2
-        of_components = mixtures * (1 + 2 * n)
-        params, couplings = params.split([of_components, P - of_components], 1)
-        params = params.unflatten(1, (1 + 2 * n, mixtures))
-        weights, means, log_scales = params.split([1, n, n], 1)
-        # Lists of n, one item for each value of a block: the gradient of an item of a tensor would
-        # be a whole tensor of zeros around it, n times.
-        self.logits = weights.squeeze(1)  # (B, M, h, w)
-        self.means = means.unbind(1)  # n of (B, M, h, w)
-        # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats a
-        # value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
+        mixtures = params.shape[1] // dmol_channels(channels, 1)
+        pairs = channels * (channels - 1) // 2
+        logits, means, log_scales, couplings = params.unflatten(1, (-1, mixtures)).split(
+            [1, channels, channels, pairs], 1)
+        self.logits = logits.squeeze(1)  # (B, M, H, W)
+        self.means = means.unbind(1)  # C of (B, M, H, W)
+        # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats
+        # per value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
         # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
-        self.log_scales = (log_scales - 2).clamp(-7, 7).unbind(1)  # n of (B, M, h, w)
-        # n(n-1)/2 of (B, M or 1, h, w): (2,1), (3,1), (3,2) … of (c, j). Where the shift has the
-        # mean of a block, the last value of x - shift is minus the sum of the others: coefficients
-        # of -1, which no tanh reaches.
-        pairs = n * (n - 1) // 2
-        if block == 1:
-            self.couplings = couplings.unflatten(1, (pairs, mixtures)).tanh().unbind(1)
-        else:
-            self.couplings = couplings.unflatten(1, (pairs, 1)).unbind(1)
+        self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, C, M, H, W)
+        # C(C-1)/2 of (B, M, H, W): green on red, blue on red, blue on green.
+        self.couplings = couplings.tanh().unbind(1)
         if shift is None:
-            shift = params.new_zeros(1)
-        self.shift = F.pixel_unshuffle(shift.expand(B, C, h * block, w * block), block)
-        self.n = n
-        self.block = block
+            shift = params.new_zeros(1, 1, 1, 1)
+        self.shift = shift.expand(-1, channels, -1, -1)
+        self.channels = channels
+        self.interval = interval
 
     def log_prob(self, x):
-        """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,)."""
-        x = F.pixel_unshuffle(x.to(self.logits.dtype), self.block)  # (B, n, h, w)
-        rest = (x - self.shift).unsqueeze(2).unbind(1)  # n of (B, 1, h, w), against M components
-        log_p = self.logits.log_softmax(1)  # (B, M, h, w)
-        for c in range(self.n):
-            log_p = log_p + self.log_bin(c, x[:, c:c + 1], rest)
+        """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
+
+        -inf where a value lies outside of its interval.
+        """
+        log_p = self.logits.log_softmax(1) + self.log_values(x).sum(1)  # (B, M, H, W)
         return torch.logsumexp(log_p, 1).sum((1, 2))
 
-    def log_bin(self, c, x, rest):
-        """log p(x_c) of each component, given the values before c: x (B, 1, h, w) -> (B, M, h, w).
+    def log_values(self, x):
+        """log p(x_c | the channels before c) under each component.
 
-        x is value c of every block, on the grid; `rest` has those before it, less their shift.
-        With a = (x + δ - μ)/s and b = (x - δ - μ)/s, the mass of a bin is
-        σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum of three terms that neither cancel
-        nor underflow, however improbable the pixel. An edge bin leaves out the terms of the edge
-        that it does not have. (PixelCNN++ needs an approximation for improbable pixels.)
+        (B, C, H, W) -> (B, C, M, H, W). x may have fewer channels than C, the first ones.
         """
-        inverse_scale = torch.exp(-self.log_scales[c])
-        mean = coupled_mean(self.means, self.couplings, c, rest)
-        centred = x - self.shift[:, c:c + 1] - mean
-        # log σ(-b), above the lower edge; log σ(a), below the upper; log(1 - e^(b-a)).
-        log_above = -F.softplus((centred - 1 / 255) * inverse_scale)
-        log_below = -F.softplus(-(centred + 1 / 255) * inverse_scale)
-        log_width = torch.log(-torch.expm1(-2 / 255 * inverse_scale))
-        log_bin = log_above + log_below + log_width
-        log_bin = torch.where(x > 1 - 1 / 255, log_above, log_bin)
-        return torch.where(x < -1 + 1 / 255, log_below, log_bin)
+        x = x.to(self.logits.dtype)
+        channels = x.shape[1]
+        rest = (x - self.shift[:, :channels]).unsqueeze(2).unbind(1)  # C of (B, 1, H, W)
+        means = []
+        for c in range(channels):
+            means.append(self.mean_given(c, rest, self.means, self.couplings))
+        mean = torch.stack(means, 1) + self.shift[:, :channels].unsqueeze(2)
+        inverse_scale = torch.exp(-self.log_scales[:, :channels])
+        value = x.unsqueeze(2)
+        if self.interval is None:
+            return log_mass(value, value, mean, inverse_scale)
+        low, high = self.limits(x)
+        low = low.unsqueeze(2)
+        high = high.unsqueeze(2)
+        mean = near(low, high, mean, inverse_scale)
+        mass_of_all = log_mass(low, high, mean, inverse_scale)
+        log_p = log_mass(value, value, mean, inverse_scale) - mass_of_all
+        return log_p.masked_fill((value < low) | (value > high), -math.inf)
+
+    def mean_given(self, c, rest, means, couplings):
+        """The components' means of channel c less its shift, given the channels before it.
+
+        means: C of (B, M, H, W), couplings: C(C-1)/2 of the same; rest: x_j - shift_j for j < c.
+        """
+        mean = means[c]
+        for j in range(c):
+            mean = mean + couplings[c * (c - 1) // 2 + j] * rest[j]
+        return mean
+
+    def limits(self, x):
+        """Lowest and highest possible value of each channel, on the grid: two like x."""
+        if self.interval is None:
+            return -torch.ones_like(x), torch.ones_like(x)
+        low, high = self.interval(to_uint8(x).int())
+        return from_uint8(low).to(x.dtype), from_uint8(high).to(x.dtype)
 
     def sample(self):
         """x ~ p(x) -> (B, C, H, W), on the grid."""
-        chosen = Categorical(logits=self.logits.movedim(1, -1), validate_args=False).sample()
-        chosen = chosen.unsqueeze(1)  # (B, 1, h, w)
-        means = [mean.take_along_dim(chosen, 1) for mean in self.means]  # of one component
-        log_scales = [log_scale.take_along_dim(chosen, 1) for log_scale in self.log_scales]
-        couplings = self.couplings
-        if self.block == 1:
-            couplings = [coupling.take_along_dim(chosen, 1) for coupling in couplings]
-        x = []
+        chosen = Categorical(logits=self.logits.movedim(1, -1)).sample().unsqueeze(1)
+        means = [mean.take_along_dim(chosen, 1) for mean in self.means]  # C of (B, 1, H, W)
+        couplings = [coupling.take_along_dim(chosen, 1) for coupling in self.couplings]
+        log_scales = self.log_scales.take_along_dim(chosen.unsqueeze(1), 2).squeeze(2)
+        x = torch.zeros_like(log_scales)  # (B, C, H, W)
         rest = []
-        for c in range(self.n):
-            mean = coupled_mean(means, couplings, c, rest)  # (B, 1, h, w)
-            noise = torch.logit(torch.rand_like(mean), eps=2**-25)  # logistic; rand can be 0
-            shift = self.shift[:, c:c + 1]
+        for c in range(self.channels):
+            this = slice(c, c + 1)
+            shift = self.shift[:, this]
+            low, high = [limit[:, this] for limit in self.limits(x)]
+            mean = self.mean_given(c, rest, means, couplings) + shift
+            drawn = draw_logistic(low, high, mean, torch.exp(-log_scales[:, this]))
             # Rounded here: the next is conditioned on the value that this one will have.
-            x.append(quantize(mean + log_scales[c].exp() * noise + shift))
-            rest.append(x[c] - shift)
-        return F.pixel_shuffle(torch.cat(x, 1), self.block)
+            x[:, this] = quantize(drawn).clamp(low, high)
+            rest.append(x[:, this] - shift)
+        return x
 
     @property
     def mean(self):
         """The expected value of x -> (B, C, H, W), on the grid.
 
-        It ignores the rounding, and clips every component's mean to [-1, 1].
+        It ignores the rounding, and clips every component's mean to the possible values.
         """
-        x = []
-        rest = []
-        for c in range(self.n):
-            shift = self.shift[:, c:c + 1]
-            mean = coupled_mean(self.means, self.couplings, c, rest)  # (B, M, h, w)
-            x.append((mean + shift).clamp(-1, 1))
-            rest.append(x[c] - shift)
         weights = self.logits.softmax(1)
-        x = (weights.unsqueeze(1) * torch.stack(x, 1)).sum(2)
-        return F.pixel_shuffle(quantize(x), self.block)
+        x = torch.zeros_like(self.log_scales[:, :, 0])
+        rest = []
+        for c in range(self.channels):
+            this = slice(c, c + 1)
+            shift = self.shift[:, this]
+            low, high = [limit[:, this] for limit in self.limits(x)]
+            mean = self.mean_given(c, rest, self.means, self.couplings) + shift
+            mean = mean.clamp(low, high)  # (B, M, H, W)
+            x[:, this] = quantize((weights * mean).sum(1, keepdim=True))
+            rest.append(mean - shift)
+        return x
 
 
-def coupled_mean(means, couplings, c, rest):
-    """μ_mc, the components' means of value c of a block given the values before it.
+def bin_edges(low, high):
+    """Where the bins of the grid values `low` to `high` begin and end: two of their shapes.
 
-    means: n of (B, M, h, w), couplings: n(n-1)/2 of (B, M or 1, h, w), rest: n of the same.
+    Those of the lowest and of the highest pixel value end at infinity, or rather at 1e9, where σ is
+    0 or 1 as well, but gradients are 0 and not 0 · ∞.
     """
-    mean = means[c]
-    for j in range(c):
-        pair = c * (c - 1) // 2 + j
-        mean = mean + couplings[pair] * rest[j]
-    return mean
+    lower = torch.where(low < -1 + 1 / 255, -1e9, low - 1 / 255)
+    upper = torch.where(high > 1 - 1 / 255, 1e9, high + 1 / 255)
+    return lower, upper
 
 
-def dmol_log_prob(x, params):
-    """log p(x) in nats of x (B, C, H, W) under the mixture with params (B, P, H, W) -> (B,)."""
-    mixtures = params.shape[1] // dmol_channels(x.shape[1], 1)
-    return Dmol(params, mixtures=mixtures).log_prob(x)
+def log_mass(low, high, mean, inverse_scale):
+    """log of what a discretized logistic gives to the grid values from `low` to `high`.
+
+    With a = (upper edge - μ)/s and b = (lower edge - μ)/s the mass is
+    σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum of three terms that neither cancel nor
+    underflow, however improbable the values. (PixelCNN++ needs an approximation there.)
+    """
+    lower, upper = bin_edges(low, high)
+    # The width of what lies between the edges, without their rounding where both are finite.
+    width = torch.where(upper - lower > 1e8, 1e9, high - low + 2 / 255)
+    log_above = -F.softplus((lower - mean) * inverse_scale)  # log σ(-b)
+    log_below = -F.softplus((mean - upper) * inverse_scale)  # log σ(a)
+    log_width = torch.log(-torch.expm1(-width * inverse_scale))  # log(1 - e^(b-a))
+    return log_above + log_below + log_width
 
 
-def dmol_sample(params, mean=False):
-    """A sample of the mixture with params (B, P, H, W), or its mean -> (B, C, H, W) on the grid."""
-    p_x = Dmol(params)
-    return p_x.mean if mean else p_x.sample()
+def near(low, high, mean, inverse_scale):
+    """The mean, moved to within 20 scales of the values from `low` to `high`.
+
+    A logistic restricted to them is the same then, to e⁻²⁰: so far out it is an exponential, of
+    which the mean is no parameter. But the digits that a larger distance would cost are kept.
+    """
+    lower, upper = bin_edges(low, high)
+    reach = 20 / inverse_scale
+    return mean.clamp(lower - reach, upper + reach)
+
+
+def draw_logistic(low, high, mean, inverse_scale):
+    """A draw of a logistic variable between the edges of `low` and `high`, by inverting σ."""
+    lower, upper = bin_edges(low, high)
+    mean = near(low, high, mean, inverse_scale)
+    # Mirrored if most of the interval lies above the mean: σ keeps its digits near 0, not near 1.
+    sign = torch.where(lower + upper > 2 * mean, -1.0, 1.0)
+    from_p = torch.sigmoid(sign * (lower - mean) * inverse_scale)
+    to_p = torch.sigmoid(sign * (upper - mean) * inverse_scale)
+    p = torch.lerp(from_p, to_p, torch.rand_like(mean))
+    return mean + sign * torch.logit(p) / inverse_scale
 
 
 # ---- Metrics of likelihoods ----------------------------------------------------------------------
@@ -1323,6 +1353,9 @@ def choose_device(cfg):
         cfg.dtype = "bf16" if modern else "fp32"
     if cfg.compile is None:
         cfg.compile = modern and sys.platform == "linux"
+    # oneDNN, the CPU's convolutions, keeps 1,024 compiled ones. A model of 350 layers needs more, as
+    # a layer has one for each direction: it would compile all of them anew in every step.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     join_processes(cfg.device)
 
 

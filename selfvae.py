@@ -36,6 +36,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,9 +81,8 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    block: int = flag(1, "side of the blocks of pixels that have one mixture, in every "
-                      "p(y_{k+1}|y_k, z_k), for K = 0 in p(x|u); 1 is the paper's", fixed=True,
-                      choices=(1, 2))
+    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives nothing to a y_{k+1} whose d is not y_k",
+                       fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -118,9 +118,9 @@ class Config:
     @property
     def variant(self):
         """The part of the run folder's name that tells of the model."""
-        blocks = "-block2" if self.block == 2 else ""
+        exact = "-exact" if self.exact else ""
         small = "-small" if self.small else ""
-        return f"{self.transform}{self.levels}-{self.prior}{blocks}{small}"
+        return f"{self.transform}{self.levels}-{self.prior}{exact}{small}"
 
     def check(self):
         """Raise UserError for flags of which no model can be made, before anything is written."""
@@ -277,20 +277,6 @@ class Decoder(nn.Sequential):
         super().__init__(*parts, conv(channels, c_out, sd=sd))
 
 
-# Copied from vae.py: mixture_network
-def mixture_network(Network, *sizes, channels, block):
-    """A Network of these sizes with the parameters of a Dmol over C = `channels` as its output.
-
-    (B, P, H, W), or for 2x2 blocks of pixels (B, P, H/2, W/2).
-    """
-    if block == 1:
-        return Network(*sizes, dmol_channels(channels), sd=0.1)
-    features = 24  # of a pixel; those of four pixels make the parameters of their block
-    return nn.Sequential(
-        Network(*sizes, features, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
-        conv(features * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
-
-
 # Copied from vae.py: gaussian
 def gaussian(params):
     """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
@@ -338,42 +324,157 @@ class ConditionalPrior(nn.Module):
 
 
 class ConditionalDecoder(nn.Module):
-    """p(y_{k+1} | y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
+    """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
 
     `z_features` is the number of channels that z becomes at full size.
-    NOTE(paper): with `residual`, for a y_k that is a coarse y_{k+1}, the mixture is one of
-    y_{k+1} - upsample(y_k). The released code has no residual, so its network must first learn to
-    copy its input. The number of parameters is the same.
+    NOTE(paper): for a `coarse` y_k, which is a simpler y_{k+1}, the mixture is one of
+    y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
+    copy its input. The number of parameters is the same. With `interval`, the --exact one of
+    TRANSFORMS, every value is restricted to what y_k leaves possible.
     """
 
-    def __init__(self, channels, size, c_out, residual, block, z_width, z_features, joint_width):
+    def __init__(self, channels, size, c_out, coarse, interval, z_width, z_features, joint_width):
         super().__init__()
         self.size = size
-        self.residual = residual
-        self.block = block
+        self.c_out = c_out
+        self.coarse = coarse
+        self.interval = interval
         self.from_z = Decoder(size, *z_width, z_features, sd=1.0)
-        self.joint = mixture_network(
-            dense_blocks, z_features + channels, *joint_width, channels=c_out, block=block)
+        self.joint = dense_blocks(z_features + channels, *joint_width, dmol_channels(c_out), sd=0.1)
 
     def forward(self, y, z):
-        enlarged_y = upsample(y, self.size, self.block)
+        enlarged_y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
         params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
-        shift = enlarged_y if self.residual else None
-        return Dmol(params, shift, block=self.block)
+        shift = enlarged_y if self.coarse else None
+        interval = None
+        if self.interval is not None:
+            interval = partial(self.interval, to_uint8(y).int(), [])
+        return Dmol(params, self.c_out, shift, interval)
 
 
-def upsample(y, size, block):
-    """y (B, C, H, W) enlarged to (B, C, size, size), bilinear.
+# ---- --exact: p(y_{k+1}|y_k, z_k), y_k = d(y_{k+1}) half as large, draws 2x2 pixels in turn ------
 
-    With `block` 2, where y has half the size, each block is then moved by a constant so that its
-    mean is y's pixel. What y_{k+1} differs by then sums to 0 in a block, but for the rounding of d:
-    three of its pixels tell the fourth.
+class InTurnDecoder(nn.Module):
+    """The networks of an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8), all of them at y_k's side.
+
+    NOTE(paper): its pixels are independent given y_k and z_k, and most of what they draw has
+    another d than y_k. So the bound pays for y_k twice.
     """
-    enlarged_y = F.interpolate(y, size=(size, size), mode="bilinear")
-    if block == 2 and y.shape[2] < size:
-        missing = y - F.avg_pool2d(enlarged_y, 2)
-        enlarged_y = enlarged_y + F.interpolate(missing, scale_factor=2)
-    return enlarged_y
+
+    def __init__(self, channels, side, interval, z_width, z_features, turn_width):
+        super().__init__()
+        self.interval = interval
+        self.from_z = Decoder(side, *z_width, z_features, sd=1.0)
+        self.turns = nn.ModuleList()
+        for before in range(3):
+            c_in = z_features + (5 + before) * channels
+            self.turns.append(dense_blocks(c_in, *turn_width, dmol_channels(channels), sd=0.1))
+
+    def forward(self, y, z):
+        return InTurn(y, self.from_z(z), self.turns, self.interval)
+
+
+class InTurn:
+    """A distribution over the images x whose d is y: the four pixels of all 2x2 blocks in turn.
+
+    Each is drawn for all blocks at once, given y, features of z and the pixels before:
+    p(x|y, z) = Π_p p(x_p | y, z, x_1 … x_{p-1}). Three are a Dmol of what y and the pixels before
+    leave possible. Of the fourth that is at most four values, each as probable. So p sums to one
+    over {x : d(x) = y}, and log p(x, y) = log p(x).
+    """
+
+    def __init__(self, y, features, turns, interval):
+        self.y = y  # (B, C, h, w)
+        self.features = features  # of z, (B, z_features, h, w)
+        self.turns = turns  # the networks
+        self.interval = interval
+        # A guess of x: y enlarged, then moved by a constant in each block so that its mean is y.
+        guess = F.interpolate(y, scale_factor=2, mode="bilinear")
+        guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
+        self.guess = pixels_of_blocks(guess)
+
+    def given(self, pixels):
+        """p(x_p | y, z, x_1 … x_{p-1}): the factor of the pixel that comes after these p - 1.
+
+        `pixels` are (B, C, h, w) each.
+        """
+        to_come = 4 - len(pixels)
+        before = [to_uint8(pixel).int() for pixel in pixels]
+        interval = partial(self.interval, to_uint8(self.y).int(), before)
+        if to_come == 1:
+            return Uniform(*interval(None))
+        errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
+        # What a block's sum lacks is divided among the pixels to come.
+        shift = self.guess[len(pixels)] - sum(errors) / to_come
+        # Differences are small beside y: four times as large they are of its size.
+        leaning = [4 * (guess - self.y) for guess in self.guess]
+        errors = [4 * error for error in errors]
+        network = self.turns[len(pixels)]
+        inputs = torch.cat([self.features, self.y, *leaning, *errors], 1)
+        params = network(inputs.contiguous(memory_format=torch.channels_last))
+        return Dmol(params, self.y.shape[1], shift, interval)
+
+    def log_prob(self, x):
+        """log p(x) in nats: (B, C, 2h, 2w) -> (B,), -inf where d(x) is not y."""
+        pixels = pixels_of_blocks(x)
+        log_p = 0.0
+        for i in range(4):
+            log_p = log_p + self.given(pixels[:i]).log_prob(pixels[i])
+        return log_p
+
+    def sample(self):
+        """x ~ p(x) -> (B, C, 2h, 2w), on the grid."""
+        pixels = []
+        for _ in range(4):
+            pixels.append(self.given(pixels).sample())
+        return image_of_pixels(pixels)
+
+    @property
+    def mean(self):
+        """Each pixel the mean of its factor given the means before -> (B, C, 2h, 2w).
+
+        Its d is y, too.
+        """
+        pixels = []
+        for _ in range(4):
+            pixels.append(self.given(pixels).mean)
+        return image_of_pixels(pixels)
+
+
+class Uniform:
+    """Every value from `low` to `high`, pixel values (B, C, h, w), is as probable."""
+
+    def __init__(self, low, high):
+        self.low = low
+        self.high = high
+
+    def log_prob(self, x):
+        """log p(x) in nats, (B,); -inf where a value is not among them."""
+        value = to_uint8(x).int()
+        possible = (self.low <= value) & (value <= self.high)
+        log_p = -torch.log((self.high - self.low + 1).float())
+        return torch.where(possible, log_p, -math.inf).sum((1, 2, 3))
+
+    def sample(self):
+        """x ~ p(x) -> (B, C, h, w), on the grid."""
+        count = self.high - self.low + 1
+        drawn = torch.rand(count.shape, device=count.device) * count
+        return from_uint8(self.low + drawn.int())
+
+    @property
+    def mean(self):
+        """The value in the middle, on the grid."""
+        return from_uint8((self.low + self.high) // 2)
+
+
+def pixels_of_blocks(x):
+    """The pixels of all 2x2 blocks, row by row: (B, C, 2h, 2w) -> 4 of (B, C, h, w)."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).unbind(2)
+
+
+def image_of_pixels(pixels):
+    """The inverse: 4 of (B, C, h, w) -> (B, C, 2h, 2w)."""
+    return F.pixel_shuffle(torch.stack(pixels, 2).flatten(1, 2), 2)
 
 
 # ---- Prior p(u), u written z as in vae.py: log_prob(z) -> (B,) in nats; from_noise(v) -> z -------
@@ -588,12 +689,45 @@ def posterize(y):
     return y // 64 * 85
 
 
-TRANSFORMS = {  # --transform: d, the most --levels that make sense, whether d(y) is a coarse y
-    "downscale": (downscale, math.inf, True),
-    "sketch": (sketch, 1, False),
-    "grayscale": (grayscale, 1, True),
-    "edges": (edges, 1, False),
-    "posterize": (posterize, 1, True),
+# What d leaves. Given y = d(x), int (B, C, h, w), the pixels of the block that are known already,
+# and this one's channels before c, value c is an integer from low to high: x -> low, high (B, C, …).
+
+def downscale_interval(y, pixels, x):
+    """4y - 2 ≤ Σ l ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
+    to_come = 3 - len(pixels)
+    low = 4 * y - 2 - sum(pixels) - 255 * to_come
+    high = 4 * y + 1 - sum(pixels)
+    return low.clamp(min=0), high.clamp(max=255)
+
+
+def grayscale_interval(y, pixels, x):
+    """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
+    lows = []
+    highs = []
+    low = 1000 * y - 500  # of the sum of what is not yet known
+    high = 1000 * y + 499
+    to_come = 1000
+    for c, weight in enumerate((299, 587, 114)):
+        to_come = to_come - weight
+        lows.append(-((255 * to_come - low) // weight))  # rounded up
+        highs.append(high // weight)
+        low = low - weight * x[:, c:c + 1]
+        high = high - weight * x[:, c:c + 1]
+    return torch.cat(lows, 1).clamp(min=0), torch.cat(highs, 1).clamp(max=255)
+
+
+def posterize_interval(y, pixels, x):
+    """The 64 values with the same two high bits."""
+    low = y // 85 * 64
+    return low, low + 63
+
+
+TRANSFORMS = {  # --transform: d, the most --levels that make sense, what d leaves if y is a coarse x
+    "downscale": (downscale, math.inf, downscale_interval),
+    "sketch": (sketch, 1, None),
+    "grayscale": (grayscale, 1, grayscale_interval),
+    "edges": (edges, 1, None),
+    "posterize": (posterize, 1, posterize_interval),
 }
 
 
@@ -607,15 +741,15 @@ WIDTHS = {
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
     "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
     "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
-                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5))),
+                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5)), turn=(48, 4)),
     # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
     "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
-                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4))),
+                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4)), turn=(24, 3)),
     "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
                         p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
     # About as many parameters as "vae-small".
     "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
-                  p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2))),
+                  p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2)), turn=(12, 2)),
 }
 
 
@@ -643,7 +777,12 @@ class SelfVAE(nn.Module):
         halvings(size)  # UserError for a size that is not 8 · 2ⁿ
         self.K = cfg.levels
         self.latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]  # z_0 … z_K, as z_0 = u
-        self.d, most, coarse = TRANSFORMS[cfg.transform]
+        self.d, most, interval = TRANSFORMS[cfg.transform]
+        if cfg.exact and self.K == 0:
+            raise UserError("--exact is about x given y, and --levels 0 has no y: take 1 or more")
+        if cfg.exact and interval is None:
+            raise UserError(f"--exact needs a d that leaves an interval for every value, and "
+                            f"{cfg.transform} does not: take downscale, grayscale or posterize")
         if self.K and cfg.transform == "grayscale" and channels == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
         if self.K > most:
@@ -662,12 +801,8 @@ class SelfVAE(nn.Module):
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        # p(y_1|u) keeps one mixture for each pixel. With blocks, which model neighbours without u,
-        # u stayed unused in training (KL near 0), and samples showed no objects. With K = 0 the
-        # model is that of vae.py, and --block is for p_y.
-        self.block_1 = 1 if self.K else cfg.block
-        self.p_y = mixture_network(  # Eq. (3.2c)
-            Decoder, size_1, *width["p_y"], channels=channels_1, block=self.block_1)
+        self.channels_1 = channels_1
+        self.p_y = Decoder(size_1, *width["p_y"], dmol_channels(channels_1), sd=0.1)  # Eq. (3.2c)
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
@@ -676,8 +811,13 @@ class SelfVAE(nn.Module):
             C_next, side_next, _ = self.shapes[k + 1]
             self.q_z.append(Encoder(C_next, side_next, *width["q_z"]))  # Eq. (3.2h)
             self.p_z.append(ConditionalPrior(C, side, *width["p_z"]))  # Eq. (3.2d)
-            self.p_x.append(  # Eq. (3.2e)
-                ConditionalDecoder(C, side_next, C_next, coarse, cfg.block, *width["p_x"]))
+            z_width, z_features, joint_width = width["p_x"]
+            if cfg.exact and side_next == 2 * side:
+                decoder = InTurnDecoder(C, side, interval, z_width, z_features, width["turn"])
+            else:
+                decoder = ConditionalDecoder(C, side_next, C_next, interval is not None,
+                                             interval if cfg.exact else None, *width["p_x"])
+            self.p_x.append(decoder)  # Eq. (3.2e)
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -711,7 +851,7 @@ class SelfVAE(nn.Module):
         q_u = gaussian(self.q_u(y[1]))
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
-        p_y = Dmol(self.p_y(u), block=self.block_1)
+        p_y = Dmol(self.p_y(u), self.channels_1)
         terms["re_y_1"] = -p_y.log_prob(y[1])
         z = u  # z_0
         for k in range(1, self.K + 1):
@@ -749,7 +889,7 @@ class SelfVAE(nn.Module):
         log_w = []
         for _ in range(samples):
             u = q_u.sample()
-            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), block=self.block_1).log_prob(y[1])
+            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), self.channels_1).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
             for k in range(1, self.K + 1):
@@ -775,7 +915,7 @@ class SelfVAE(nn.Module):
         else:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
             u = self.p_u.from_noise(temperature * v)
-        p_y = Dmol(self.p_y(u), block=self.block_1)
+        p_y = Dmol(self.p_y(u), self.channels_1)
         if "y_1" in known:
             y = known["y_1"]
         else:

@@ -74,8 +74,6 @@ class Config:
                       choices=("normal", "mog", "realnvp"))
     mog_components: int = flag(10, "of --prior mog (Table 2's parameter count implies 1000)",
                                fixed=True)
-    block: int = flag(1, "side of the blocks of pixels that have one mixture; 1 is the paper's",
-                      fixed=True, choices=(1, 2))
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -111,9 +109,8 @@ class Config:
     @property
     def variant(self):
         """The part of the run folder's name that tells of the model."""
-        blocks = "-block2" if self.block == 2 else ""
         small = "-small" if self.small else ""
-        return f"{self.prior}{blocks}{small}"
+        return f"{self.prior}{small}"
 
     def check(self):
         """Raise UserError for flags of which no model can be made, before anything is written."""
@@ -260,19 +257,6 @@ class Decoder(nn.Sequential):
                 parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*parts, conv(channels, c_out, sd=sd))
-
-
-def mixture_network(Network, *sizes, channels, block):
-    """A Network of these sizes with the parameters of a Dmol over C = `channels` as its output.
-
-    (B, P, H, W), or for 2x2 blocks of pixels (B, P, H/2, W/2).
-    """
-    if block == 1:
-        return Network(*sizes, dmol_channels(channels), sd=0.1)
-    features = 24  # of a pixel; those of four pixels make the parameters of their block
-    return nn.Sequential(
-        Network(*sizes, features, sd=1.0), nn.ELU(inplace=True), nn.PixelUnshuffle(block),
-        conv(features * block**2, dmol_channels(channels, block=block), 1, sd=0.1))
 
 
 def gaussian(params):
@@ -472,9 +456,8 @@ class VAE(nn.Module):
             self.p_z = MoGPrior(cfg.mog_components)
         else:
             self.p_z = RealNVPPrior(*width["flow"])
-        self.block = cfg.block
-        self.p_x = mixture_network(
-            Decoder, size, *width["p_x"], channels=channels, block=cfg.block)
+        self.channels = channels
+        self.p_x = Decoder(size, *width["p_x"], dmol_channels(channels), sd=0.1)
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -492,7 +475,7 @@ class VAE(nn.Module):
         """
         q_z = gaussian(self.q_z(x))
         z = q_z.rsample()
-        p_x = Dmol(self.p_x(z), block=self.block)
+        p_x = Dmol(self.p_x(z), self.channels)
         return {"re_x": -p_x.log_prob(x), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
     forward = terms  # what torch.compile and DistributedDataParallel call
@@ -514,7 +497,7 @@ class VAE(nn.Module):
         log_w = []
         for _ in range(samples):
             z = q_z.sample()
-            log_p = Dmol(self.p_x(z), block=self.block).log_prob(x) + self.p_z.log_prob(z)
+            log_p = Dmol(self.p_x(z), self.channels).log_prob(x) + self.p_z.log_prob(z)
             log_w.append(log_p - q_z.log_prob(z))
         return torch.stack(log_w)
 
@@ -546,7 +529,7 @@ class VAE(nn.Module):
 
     def decode(self, z, mean=False):
         """x ~ p(x|z) or its mean: z (B, 16, 8, 8) -> (B, C, H, W)."""
-        p_x = Dmol(self.p_x(z), block=self.block)
+        p_x = Dmol(self.p_x(z), self.channels)
         return p_x.mean if mean else p_x.sample()
 
 
