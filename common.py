@@ -659,25 +659,26 @@ class Dmol:
         log_p = self.logits.log_softmax(1) + self.log_values(x).sum(1)  # (B, M, H, W)
         return torch.logsumexp(log_p, 1).sum((1, 2))
 
-    def log_values(self, x):
-        """log p(x_c | the channels before c) under each component.
+    def log_values(self, x, first=0):
+        """log p(x_c | the channels before c) under each component, from channel `first` on.
 
-        (B, C, H, W) -> (B, C, M, H, W). x may have fewer channels than C, the first ones.
+        (B, C, H, W) -> (B, C - first, M, H, W). Channels at the end may be missing.
         """
         x = x.to(self.logits.dtype)
-        channels = x.shape[1]
-        rest = (x - self.shift[:, :channels]).unsqueeze(2).unbind(1)  # C of (B, 1, H, W)
+        last = x.shape[1]
+        shift = self.shift[:, :last]
+        rest = (x - shift).unsqueeze(2).unbind(1)  # C of (B, 1, H, W), against M components
         means = []
-        for c in range(channels):
+        for c in range(first, last):
             means.append(self.mean_given(c, rest, self.means, self.couplings))
-        mean = torch.stack(means, 1) + self.shift[:, :channels].unsqueeze(2)
-        inverse_scale = torch.exp(-self.log_scales[:, :channels])
-        value = x.unsqueeze(2)
+        mean = torch.stack(means, 1) + shift[:, first:].unsqueeze(2)
+        inverse_scale = torch.exp(-self.log_scales[:, first:last])
+        value = x[:, first:].unsqueeze(2)
         if self.interval is None:
             return log_mass(value, value, mean, inverse_scale)
         low, high = self.limits(x)
-        low = low.unsqueeze(2)
-        high = high.unsqueeze(2)
+        low = low[:, first:last].unsqueeze(2)
+        high = high[:, first:last].unsqueeze(2)
         mean = near(low, high, mean, inverse_scale)
         mass_of_all = log_mass(low, high, mean, inverse_scale)
         log_p = log_mass(value, value, mean, inverse_scale) - mass_of_all

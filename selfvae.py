@@ -702,18 +702,12 @@ def downscale_interval(y, pixels, x):
 
 def grayscale_interval(y, pixels, x):
     """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
-    lows = []
-    highs = []
-    low = 1000 * y - 500  # of the sum of what is not yet known
-    high = 1000 * y + 499
-    to_come = 1000
-    for c, weight in enumerate((299, 587, 114)):
-        to_come = to_come - weight
-        lows.append(-((255 * to_come - low) // weight))  # rounded up
-        highs.append(high // weight)
-        low = low - weight * x[:, c:c + 1]
-        high = high - weight * x[:, c:c + 1]
-    return torch.cat(lows, 1).clamp(min=0), torch.cat(highs, 1).clamp(max=255)
+    weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:x.shape[1]]
+    known = (weights * x).cumsum(1) - weights * x  # of the sum, before each channel
+    to_come = 1000 - weights.cumsum(0)  # weights after it
+    low = -((known + 255 * to_come + 500 - 1000 * y) // weights)  # rounded up
+    high = (1000 * y + 499 - known) // weights
+    return low.clamp(min=0), high.clamp(max=255)
 
 
 def posterize_interval(y, pixels, x):

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch.nn.utils.parametrize import cached
 
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (  # noqa: E402 (needs the path)
     Batches, Dmol, UserError, bits_per_dim, from_uint8, importance_weighted, load_images,
     mean_terms, to_uint8)
+from selfvae import image_of_pixels, pixels_of_blocks  # noqa: E402
 from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
 
 SLOT_BITS = 20  # 2^20 slots are shared out among the symbols
@@ -108,16 +108,18 @@ def interval(table, symbol):
     return first, table[row, symbol + 1] - first
 
 
-def slots(probabilities):
+def slots(probabilities, possible):
     """Probabilities (n, symbols) -> where each symbol's slots begin, uint64 (n, symbols + 1).
 
-    Every symbol keeps one slot, however improbable; the others are shared out.
+    Every `possible` symbol, bool (n, symbols), keeps one slot, however improbable; the others are
+    shared out.
     """
-    symbols = probabilities.shape[1]
-    cumulated = np.zeros((len(probabilities), symbols + 1))
+    cumulated = np.zeros((len(probabilities), probabilities.shape[1] + 1))
     np.cumsum(probabilities, 1, out=cumulated[:, 1:])
-    share = cumulated / cumulated[:, -1:] * (2**SLOT_BITS - symbols)
-    return share.astype(np.uint64) + np.arange(symbols + 1, dtype=np.uint64)
+    kept = np.zeros(cumulated.shape, np.uint64)
+    np.cumsum(possible, 1, out=kept[:, 1:])
+    share = cumulated / cumulated[:, -1:] * (2**SLOT_BITS - kept[:, -1:].astype(float))
+    return share.astype(np.uint64) + kept
 
 
 def push_all(stack, table, symbol):
@@ -135,56 +137,88 @@ def pop_all(stack, table):
     return np.concatenate(parts[::-1])
 
 
-# ---- An image given its mixture, a latent given its Gaussian -------------------------------------
+# ---- An image given its distribution, a latent given its Gaussian --------------------------------
 
-def walk_values(p_x, value_of):
-    """Walk through the n values of all blocks; `value_of(table)` says which they are, (h·w,).
+def walk_image(p_x, value_of):
+    """Walk through an image (1, C, H, W), and return it: a Dmol at once, an InTurn's pixels in turn.
 
-    A table of slots (h·w, 257) is of p(x_c) given the values before, the bound's own numbers:
-    component m weighs π_m times its probabilities of these values, by Bayes' rule. The sender knows
-    the values, the receiver pops them. Memory: some ten times 256·M·h·w floats.
+    `value_of(table)` says which the next values are, (h·w,): `table` of slots (h·w, 257) is of
+    them given all before. The sender knows the values, the receiver pops them.
+    """
+    if isinstance(p_x, Dmol):
+        return walk_channels(p_x, value_of)
+    pixels = []
+    for _ in range(4):
+        factor = p_x.given(pixels)
+        if isinstance(factor, Dmol):
+            pixels.append(walk_channels(factor, value_of))
+        else:
+            pixels.append(walk_uniform(factor, value_of))
+    return image_of_pixels(pixels)
+
+
+def walk_channels(p_x, value_of):
+    """The same for a Dmol: the bound's own numbers, one channel after the other.
+
+    Component m weighs π_m times its probabilities of the channels before, by Bayes' rule.
+    Memory: some ten times 256·M·h·w floats.
     """
     log_w = p_x.logits.log_softmax(1)  # (1, M, h, w)
     h, w = log_w.shape[2:]
-    rest = []
-    for c in range(p_x.n):
-        log_bins = p_x.log_bin(c, VALUES, rest)  # (256, M, h, w)
-        probabilities = torch.logsumexp(log_w + log_bins, 1).double().softmax(0)
-        value = value_of(slots(probabilities.flatten(1).T.numpy()))
+    x = torch.zeros(1, 0, h, w)
+    for c in range(p_x.channels):
+        before = x.expand(256, -1, -1, -1)
+        candidates = torch.cat([before, VALUES.expand(-1, -1, h, w)], 1)
+        log_p = p_x.log_values(candidates, first=c)[:, 0]  # (256, M, h, w)
+        log_mixture = torch.logsumexp(log_w + log_p, 1)
+        value = value_of(table_of(log_mixture.double().softmax(0), log_mixture > -math.inf))
         value = torch.from_numpy(value).view(1, 1, h, w)
-        rest.append(value / 127.5 - 1 - p_x.shift[:, c:c + 1])
-        log_w = log_w + log_bins.gather(0, value.expand(1, *log_bins.shape[1:]))
+        x = torch.cat([x, from_uint8(value)], 1)
+        log_w = log_w + log_p.gather(0, value.expand(1, *log_p.shape[1:]))
+    return x
+
+
+def walk_uniform(p_x, value_of):
+    """The same for a Uniform."""
+    values = torch.arange(256).view(256, 1, 1, 1)
+    x = []
+    for low, high in zip(p_x.low.unbind(1), p_x.high.unbind(1)):  # (1, h, w) each
+        possible = ((low <= values) & (values <= high)).squeeze(1)  # (256, h, w)
+        value = value_of(table_of(possible.double(), possible))
+        x.append(from_uint8(torch.from_numpy(value).view_as(low)))
+    return torch.stack(x, 1)
+
+
+def table_of(probabilities, possible):
+    """`slots` of 256 values: (256, h, w) each -> (h·w, 257)."""
+    return slots(probabilities.flatten(1).T.numpy(), possible.flatten(1).T.numpy())
 
 
 def push_image(stack, p_x, x):
     """Push an image (1, C, H, W), its last value first, as a receiver pops its first one first."""
-    values = F.pixel_unshuffle(to_uint8(x), p_x.block).flatten(2)[0].long().numpy()  # (n, h·w)
+    images = [x] if isinstance(p_x, Dmol) else pixels_of_blocks(x)
+    values = torch.cat([to_uint8(image).long().flatten(2)[0] for image in images]).numpy()
     tables = []
 
     def value_of(table):
         tables.append(table)
         return values[len(tables) - 1]
 
-    walk_values(p_x, value_of)
+    walk_image(p_x, value_of)
     for table, value in zip(reversed(tables), reversed(values)):
         push_all(stack, table, value)
 
 
 def pop_image(stack, p_x):
     """Pop an image -> (1, C, H, W)."""
-    values = []
-
     def value_of(table):
-        values.append(pop_all(stack, table))
-        return values[-1]
+        return pop_all(stack, table)
 
-    walk_values(p_x, value_of)
-    h, w = p_x.logits.shape[2:]
-    pixels = torch.from_numpy(np.stack(values)).view(1, p_x.n, h, w).to(torch.uint8)
-    return from_uint8(F.pixel_shuffle(pixels, p_x.block))
+    return walk_image(p_x, value_of)
 
 
-PRIOR_TABLE = slots(torch.special.ndtr(EDGES).diff().numpy()[None])
+PRIOR = torch.special.ndtr(EDGES).diff().numpy()[None]
+PRIOR_TABLE = slots(PRIOR, np.ones(PRIOR.shape, bool))
 
 
 def latent_table(q, p):
@@ -277,8 +311,8 @@ class Codec:
         if k:
             return self.model.p_x[k - 1](y_k, z)
         if self.is_vae:
-            return Dmol(self.model.p_x(z), block=self.model.block)
-        return Dmol(self.model.p_y(z), block=self.model.block_1)
+            return Dmol(self.model.p_x(z), self.model.channels)
+        return Dmol(self.model.p_y(z), self.model.channels_1)
 
     def push(self, stack, x):
         """Push an image (1, C, H, W)."""
