@@ -712,7 +712,9 @@ class Dmol:
         for c in range(self.channels):
             this = slice(c, c + 1)
             shift = self.shift[:, this]
-            low, high = [limit[:, this] for limit in self.limits(x)]
+            low, high = self.limits(x)
+            low = low[:, this]
+            high = high[:, this]
             mean = self.mean_given(c, rest, means, couplings) + shift
             drawn = draw_logistic(low, high, mean, torch.exp(-log_scales[:, this]))
             # Rounded here: the next is conditioned on the value that this one will have.
@@ -732,9 +734,9 @@ class Dmol:
         for c in range(self.channels):
             this = slice(c, c + 1)
             shift = self.shift[:, this]
-            low, high = [limit[:, this] for limit in self.limits(x)]
+            low, high = self.limits(x)
             mean = self.mean_given(c, rest, self.means, self.couplings) + shift
-            mean = mean.clamp(low, high)  # (B, M, H, W)
+            mean = mean.clamp(low[:, this], high[:, this])  # (B, M, H, W)
             x[:, this] = quantize((weights * mean).sum(1, keepdim=True))
             rest.append(mean - shift)
         return x
@@ -786,7 +788,7 @@ def draw_logistic(low, high, mean, inverse_scale):
     sign = torch.where(lower + upper > 2 * mean, -1.0, 1.0)
     from_p = torch.sigmoid(sign * (lower - mean) * inverse_scale)
     to_p = torch.sigmoid(sign * (upper - mean) * inverse_scale)
-    p = torch.lerp(from_p, to_p, torch.rand_like(mean))
+    p = torch.lerp(from_p, to_p, torch.rand_like(mean).clamp(min=2**-25))  # logit(0) is -∞
     return mean + sign * torch.logit(p) / inverse_scale
 
 
@@ -1354,8 +1356,8 @@ def choose_device(cfg):
         cfg.dtype = "bf16" if modern else "fp32"
     if cfg.compile is None:
         cfg.compile = modern and sys.platform == "linux"
-    # oneDNN, the CPU's convolutions, keeps 1,024 compiled ones. A model of 350 layers needs more, as
-    # a layer has one for each direction: it would compile all of them anew in every step.
+    # oneDNN, which convolves on a CPU, keeps 1,024 compiled operations. Three are needed per layer:
+    # a model of more than 340 convolutions would have all of them compiled anew in every step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     join_processes(cfg.device)
 

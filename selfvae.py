@@ -689,8 +689,9 @@ def posterize(y):
     return y // 64 * 85
 
 
-# What d leaves. Given y = d(x), int (B, C, h, w), the pixels of the block that are known already,
-# and this one's channels before c, value c is an integer from low to high: x -> low, high (B, C, …).
+# What d leaves of x: the least and the greatest value of each channel of a pixel, (B, C, h, w).
+# Given are pixel values, int: y (B, C_y, h, w), the pixels of its block that are known already, and
+# the pixel x (B, C, h, w) itself. What is left to a channel depends on those before it alone.
 
 def downscale_interval(y, pixels, x):
     """4y - 2 ≤ Σ l ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
@@ -716,7 +717,8 @@ def posterize_interval(y, pixels, x):
     return low, low + 63
 
 
-TRANSFORMS = {  # --transform: d, the most --levels that make sense, what d leaves if y is a coarse x
+# --transform: d, the most --levels that make sense, and what d leaves of x, if y is a coarse x.
+TRANSFORMS = {
     "downscale": (downscale, math.inf, downscale_interval),
     "sketch": (sketch, 1, None),
     "grayscale": (grayscale, 1, grayscale_interval),

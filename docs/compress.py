@@ -140,7 +140,7 @@ def pop_all(stack, table):
 # ---- An image given its distribution, a latent given its Gaussian --------------------------------
 
 def walk_image(p_x, value_of):
-    """Walk through an image (1, C, H, W), and return it: a Dmol at once, an InTurn's pixels in turn.
+    """Walk through an image (1, C, H, W), and return it. An InTurn's pixels come in turn.
 
     `value_of(table)` says which the next values are, (h·w,): `table` of slots (h·w, 257) is of
     them given all before. The sender knows the values, the receiver pops them.

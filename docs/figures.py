@@ -8,9 +8,9 @@
                                        with known log p(x) and of a trained vae.py
     python docs/figures.py holes       minutes: MNIST (downloaded) with two latents; codes of all
                                        images, prior, draws, for N(0, 1) and for a flow
-    python docs/figures.py blocks RUN_FOLDER RUN_FOLDER
+    python docs/figures.py exact RUN_FOLDER RUN_FOLDER
                                        seconds: draws of x given y by a selfvae.py without and with
-                                       --block 2, and how far d of them is from y
+                                       --exact, and how far d of them is from y
     python docs/figures.py given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
                                        a second: y and draws of x given y by selfvae.py with five
                                        transformations, from their reconstructions/
@@ -41,7 +41,7 @@ LOGS = Path(__file__).resolve().parent / "logs"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (  # noqa: E402 (needs the path above)
-    Batches, dmol_log_prob, from_uint8, load_images, log_mean_exp)
+    Batches, Dmol, from_uint8, load_images, log_mean_exp)
 import dcvae  # noqa: E402
 from realnvp import Couplings, mlp  # noqa: E402
 import selfvae  # noqa: E402
@@ -141,7 +141,7 @@ def mixture():
 def log_probabilities(params):
     """log P of each pixel value, in nats: params (3, 10) of one grey pixel -> (256,)."""
     x = from_uint8(torch.arange(256)).view(256, 1, 1, 1)
-    return dmol_log_prob(x, params.view(1, 30, 1, 1).expand(256, -1, -1, -1))
+    return Dmol(params.view(1, 30, 1, 1).expand(256, -1, -1, -1), 1).log_prob(x)
 
 
 # ---- tighten -------------------------------------------------------------------------------------
@@ -329,10 +329,10 @@ def draw_holes(row, name, model, images):
     of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
 
 
-# ---- blocks --------------------------------------------------------------------------------------
+# ---- exact ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def blocks(*runs, data_dir="data"):
+def exact(*runs, data_dir="data"):
     """Test images, their y, and for each run a draw of x given y and 8 |d(x̂) - y|, 8 in a row."""
     rows = []
     for run in runs:
@@ -349,7 +349,7 @@ def blocks(*runs, data_dir="data"):
         if not rows:
             rows += [x, selfvae.enlarged(y, x)]
         rows += [draw, selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)]  # black: y is met
-    selfvae.save_grid(FOLDER / "blocks.png", *rows)
+    selfvae.save_grid(FOLDER / "exact.png", *rows)
 
 
 def read_picture(path):
@@ -423,8 +423,8 @@ def race(batch_size=8):
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "blocks": blocks, "given": given, "sides": sides, "race": race}
-    folders = {"tighten": 1, "blocks": 2, "given": 5, "sides": 1}
+               "exact": exact, "given": given, "sides": sides, "race": race}
+    folders = {"tighten": 1, "exact": 2, "given": 5, "sides": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)

@@ -86,7 +86,8 @@ def narrow_networks(patch):
     patch.setitem(vae.WIDTHS, "small", dict(q_z=block, p_x=block, flow=block))
     patch.setitem(selfvae.WIDTHS, "vae-small", dict(q_u=block, p_y=block, flow=block))
     patch.setitem(selfvae.WIDTHS, "small", dict(
-        q_u=block, p_y=block, flow=block, q_z=block, p_z=(block, block), p_x=(block, 8, block)))
+        q_u=block, p_y=block, flow=block, q_z=block, p_z=(block, block), p_x=(block, 8, block),
+        turn=block))
     patch.setitem(realnvp.WIDTHS, "small", (1, 4))
     patch.setitem(dcvae.WIDTHS, "small", (8, 8))
     patch.setitem(dcvae.MAPS, "small", (8, 8))

@@ -109,18 +109,18 @@ def main(folder, data_dir="data"):
         K = 0
         y = {1: x}
         encoder, prior, decoder = model.q_z, model.p_z, model.p_x
-        block = model.block
+        channels = model.channels
     else:
         K = model.K
         y = model.representations(x)
         encoder, prior, decoder = model.q_u, model.p_u, model.p_y
-        block = model.block_1
+        channels = model.channels_1
     names = {k: f"y_{k}" for k in y}
     names[K + 1] = "x"
     q = gaussian(encoder(y[1]))
     z = q.rsample()
     kl = (q.log_prob(z) - prior.log_prob(z)).mean().item()
-    p_x = Dmol(decoder(z), block=block)
+    p_x = Dmol(decoder(z), channels)
     print_row(names[1], y[1], p_x, p_x.sample(), kl, torch.zeros_like(y[1]), dims)
     for k in range(1, K + 1):
         target = y[k + 1]

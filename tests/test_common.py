@@ -12,7 +12,7 @@ import torchvision
 from torchvision.transforms import functional as TF
 
 import common
-from common import (Batches, Dmol, UserError, dmol_channels, dmol_log_prob, dmol_sample, from_uint8,
+from common import (Batches, Dmol, UserError, dmol_channels, from_uint8,
                     load_images, make_shapes, quantize, to_uint8)
 from conftest import seeded
 
@@ -84,6 +84,11 @@ def random_params(batch, channels, mixtures, seed, height=1, width=1, dtype=torc
     return params
 
 
+def dmol_log_prob(x, params):
+    """log p(x) of the mixture with these parameters."""
+    return Dmol(params, x.shape[1]).log_prob(x)
+
+
 def all_levels(params):
     """log p of each of the 256 levels of one grey pixel."""
     return dmol_log_prob(from_uint8(LEVELS).reshape(256, 1, 1, 1), params.expand(256, -1, 1, 1))
@@ -120,7 +125,7 @@ def test_the_16_million_probabilities_of_an_rgb_pixel_sum_to_one():
     """All 256³ colours, channels coupled, one red level at a time; mixtures have the test above."""
     params = random_params(1, 3, 1, seed=0)
     assert params[0, -3:].abs().min() > 0.05  # the couplings are really there
-    p_x = Dmol(params.expand(65536, -1, 1, 1), mixtures=1)
+    p_x = Dmol(params.expand(65536, -1, 1, 1), 3)
     green, blue = torch.meshgrid(from_uint8(LEVELS), from_uint8(LEVELS), indexing="ij")
     total = 0.0
     for red in from_uint8(LEVELS):
@@ -226,10 +231,10 @@ def test_shift_is_a_translation(channels):
     x = from_uint8(torch.randint(100, 120, (2, channels, 3, 3)))
     params = random_params(2, channels, 10, seed=0, height=3, width=3)
     shift = torch.randint(-40, 40, x.shape) / 127.5
-    shifted = Dmol(params, shift).log_prob(x)
+    shifted = Dmol(params, channels, shift).log_prob(x)
     assert torch.allclose(shifted, dmol_log_prob(x - shift, params), atol=1e-2)
     assert (shifted - dmol_log_prob(x, params)).abs().max() > 0.1
-    assert Dmol(params.bfloat16(), shift).log_prob(x).dtype == torch.float32
+    assert Dmol(params.bfloat16(), channels, shift).log_prob(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -237,21 +242,12 @@ def test_shifted_samples_and_means_are_shifted(channels):
     """Where no edge is near, both move by the shift; one channel of it serves all of x's."""
     params = random_params(2, channels, 10, seed=0, height=8, width=8) / 4
     scales_of(params, channels).fill_(-3)  # narrow
-    still = Dmol(params)
+    still = Dmol(params, channels)
     by = 20 / 127.5
     for channels_of_shift in (1, channels):
-        moved = Dmol(params, torch.full((2, channels_of_shift, 8, 8), by))
+        moved = Dmol(params, channels, torch.full((2, channels_of_shift, 8, 8), by))
         assert torch.allclose(moved.mean, still.mean + by, atol=2.1 / 255)
         assert torch.allclose(seeded(moved.sample), seeded(still.sample) + by, atol=2.1 / 255)
-
-
-def test_a_distribution_has_what_the_thin_functions_give():
-    """dmol_log_prob and dmol_sample are Dmol's log_prob, sample and mean."""
-    params = random_params(2, 3, 10, seed=1, height=2, width=2)
-    x = from_uint8(torch.randint(256, (2, 3, 2, 2)))
-    assert torch.equal(Dmol(params).log_prob(x), dmol_log_prob(x, params))
-    assert torch.equal(Dmol(params).mean, dmol_sample(params, mean=True))
-    assert torch.equal(seeded(Dmol(params).sample), seeded(dmol_sample, params))
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
@@ -315,7 +311,7 @@ def test_grey_samples_have_the_probabilities_that_log_prob_gives():
     params = random_params(1, 1, 10, seed=3)
     params[0, 10] = -1.2  # one component near the lower edge, so that the edge bin matters
     torch.manual_seed(0)
-    draws = to_uint8(dmol_sample(params.expand(-1, -1, 250, 400)))
+    draws = to_uint8(Dmol(params.expand(-1, -1, 250, 400), 1).sample())
     counts = torch.bincount(draws.flatten().long(), minlength=256)
     statistic, df = chi_square(counts, all_levels(params).exp())
     assert df > 60 and statistic < df + 5 * math.sqrt(2 * df)
@@ -347,7 +343,7 @@ def test_rgb_samples_have_the_joint_probabilities_that_log_prob_gives():
     def number(colours):
         return colours @ torch.tensor([65536, 256, 1])
 
-    p_x = Dmol(params.expand(-1, -1, 250, 400), mixtures=2)
+    p_x = Dmol(params.expand(-1, -1, 250, 400), 3)
     draws = to_uint8(seeded(p_x.sample)).long()[0].flatten(1).T  # (100000, 3)
     counts = torch.bincount(number(draws), minlength=2**24)[number(colours)]
     elsewhere = len(draws) - counts.sum()
@@ -364,19 +360,20 @@ def test_samples_are_images_on_the_grid(channels, mean):
     plausible = random_params(2, channels, 10, seed=5, height=6, width=4)
     wild = 1000 * torch.randn(2, dmol_channels(channels), 6, 4)
     for params in (plausible, wild):
-        x = dmol_sample(params, mean=mean)
+        p_x = Dmol(params, channels)
+        x = p_x.mean if mean else p_x.sample()
         assert x.shape == (2, channels, 6, 4) and x.dtype == torch.float32
         assert torch.isin(x, from_uint8(LEVELS)).all()
 
 
 def test_samples_vary_and_follow_the_seed():
     """Two draws differ; the same seed gives the same draw; the mean uses no randomness."""
-    params = random_params(1, 3, 10, seed=6, height=8, width=8)
-    first = seeded(dmol_sample, params)
-    second = dmol_sample(params)
-    again = seeded(dmol_sample, params)
+    p_x = Dmol(random_params(1, 3, 10, seed=6, height=8, width=8), 3)
+    first = seeded(p_x.sample)
+    second = p_x.sample()
+    again = seeded(p_x.sample)
     assert torch.equal(first, again) and not torch.equal(first, second)
-    assert torch.equal(dmol_sample(params, mean=True), dmol_sample(params, mean=True))
+    assert torch.equal(p_x.mean, p_x.mean)
 
 
 def test_mean_of_one_dominating_component():
@@ -386,7 +383,7 @@ def test_mean_of_one_dominating_component():
     """
     means = [[0.2, -1.0], [-0.4, -1.0], [0.9, -1.0]]
     couplings = [[0.5, 0.0], [2.0, 0.0], [-1.0, 0.0]]
-    p_x = Dmol(pixel_params([50.0, 0.0], means, [[-7.0, 0.0]] * 3, couplings), mixtures=2)
+    p_x = Dmol(pixel_params([50.0, 0.0], means, [[-7.0, 0.0]] * 3, couplings), 3)
     red = 0.2
     green = -0.4 + math.tanh(0.5) * red
     blue = 0.9 + math.tanh(2) * red + math.tanh(-1) * green
@@ -403,7 +400,7 @@ def test_mean_weighs_the_components():
     """
     for means, expected in (([-0.5, 0.5], 0.25), ([-0.5, 9.0], 0.625)):
         params = pixel_params([0.0, math.log(3)], [means], [[0.0, 0.0]])
-        mean = Dmol(params, mixtures=2).mean.item()
+        mean = Dmol(params, 1).mean.item()
         assert mean == pytest.approx(expected, abs=1 / 255)
 
 
@@ -1246,7 +1243,7 @@ def test_a_uniform_draw_of_exactly_zero_is_no_outlier(monkeypatch):
     params = torch.zeros(1, 30, 2, 2)
     scales_of(params, 1).fill_(-7)  # narrow around mean 0
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
-    assert dmol_sample(params).abs().max() < 0.1
+    assert Dmol(params, 1).sample().abs().max() < 0.1
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY"])

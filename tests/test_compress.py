@@ -50,7 +50,7 @@ def test_symbols_come_back_and_cost_their_entropy(compress, seed):
         symbols = rng.integers(2, 300)
         p = rng.dirichlet(np.full(symbols, 10.0**rng.integers(-2, 2)), n)
         p = 0.99 * p + 0.01 / symbols  # so that the slot which every symbol keeps hardly counts
-        table = compress.slots(p)
+        table = compress.slots(p, p >= 0)
         symbol = (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(0, symbols - 1)
         entropy -= np.log2(p[np.arange(n), symbol]).sum()
         compress.push_all(stack, table, symbol)
@@ -65,7 +65,7 @@ def test_symbols_come_back_and_cost_their_entropy(compress, seed):
 def test_every_symbol_keeps_a_slot(compress):
     """Else an improbable pixel could not be coded: 0 and 10⁻³⁰ get one slot of 2^20, 1 the rest."""
     p = np.array([[0, 1, 0, 1e-30], [0.25, 0.25, 0.25, 0.25]])
-    table = compress.slots(p)
+    table = compress.slots(p, p >= 0)
     assert table[0].tolist() == [0, 1, 2**20 - 2, 2**20 - 1, 2**20]
     assert np.diff(table[1].astype(int)).tolist() == [2**18] * 4
 
@@ -112,13 +112,38 @@ def test_a_symbol_with_all_slots_costs_nothing(compress):
         compress.push_all(stack, table, np.zeros(64, np.int64))
 
 
-@pytest.mark.parametrize("channels, block", [(1, 1), (3, 1), (1, 2), (3, 2)])
-def test_pixels_cost_their_log_probability(compress, channels, block):
-    """Else the tables are not of p(x_c) given the values before: random mixtures, with a shift."""
+def in_turn(channels):
+    """An InTurn of blocks of 2x2 pixels by random networks, for an image of 16x16."""
+    selfvae = importlib.import_module("selfvae")
+    cfg = selfvae.Config(exact=True, small=True)
     torch.manual_seed(0)
-    P = dmol_channels(channels, block=block)
-    params = torch.randn(1, P, 8 // block, 8 // block)
-    p_x = Dmol(params, shift=torch.rand(1, channels, 8, 8) - 0.5, block=block)
+    p_x = selfvae.SelfVAE(cfg, (channels, 16, 16)).p_x[0]
+    return p_x(quantize(torch.rand(1, channels, 8, 8) * 2 - 1), torch.randn(1, 16, 8, 8))
+
+
+def random_mixture(channels, interval=None):
+    """A Dmol of random parameters with a shift."""
+    torch.manual_seed(0)
+    params = torch.randn(1, dmol_channels(channels), 8, 8)
+    return Dmol(params, channels, torch.rand(1, channels, 8, 8) - 0.5, interval)
+
+
+def greys(x):
+    """The interval of colours whose luma is 0, 1, 2, … from pixel to pixel."""
+    grayscale_interval = importlib.import_module("selfvae").grayscale_interval
+    return grayscale_interval(torch.arange(64).view(1, 1, 8, 8), [], x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_p_x", [
+    lambda: random_mixture(1), lambda: random_mixture(3), lambda: random_mixture(3, greys),
+    lambda: in_turn(1), lambda: in_turn(3)], ids=["grey", "colour", "luma", "turns", "turns3"])
+def test_pixels_cost_their_log_probability(compress, make_p_x):
+    """Else the tables are not of p(x_c) given the values before.
+
+    Mixtures are random. Values that cannot be have no slots.
+    """
+    p_x = make_p_x()
     x = p_x.sample()
     stack = compress.random_stack(0)
     before = stack.bits()
@@ -131,12 +156,12 @@ def test_pixels_cost_their_log_probability(compress, channels, block):
 class Exact(torch.nn.Module):
     """Its latent's posterior is known: each of 1,024 grey pixels is N(0.3 z, 0.1²), nearly.
 
-    As a vae.py: q_z, p_x, p_z, block.
+    As a vae.py: q_z, p_x, p_z, channels.
     """
 
     def __init__(self, sd):
         super().__init__()
-        self.block = 1
+        self.channels = 1
         self.p_z = importlib.import_module("vae").NormalPrior()
         self.scale = 0.3
         self.noise = 0.1
@@ -183,9 +208,10 @@ def test_bits_come_back(compress):
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("vae", {}), ("vae", dict(block=2)), ("vae", dict(prior="realnvp")),
-    ("selfvae", dict(levels=0)), ("selfvae", dict(levels=2, size=32)),
-    ("selfvae", dict(levels=1, block=2)), ("selfvae", dict(levels=1)),
+    ("vae", {}), ("vae", dict(prior="realnvp")),
+    ("selfvae", dict(levels=0)), ("selfvae", dict(levels=2, size=32, exact=True)),
+    ("selfvae", dict(levels=1)), ("selfvae", dict(transform="grayscale", exact=True)),
+    ("selfvae", dict(transform="posterize", exact=True)),
     ("selfvae", dict(transform="sketch", prior="realnvp"))])
 def test_images_come_back(compress, script, flags):
     """Bit for bit, the last one first; the stack ends as it began."""
@@ -204,7 +230,8 @@ def test_images_come_back(compress, script, flags):
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("vae", {}), ("vae", dict(block=2)), ("selfvae", dict(levels=1, block=2, size=16))])
+    ("vae", {}), ("selfvae", dict(levels=1, size=16)),
+    ("selfvae", dict(levels=1, exact=True, size=16))])
 def test_the_size_is_the_bound(compress, script, flags):
     """Else bits are lost, or the probabilities are not the bound's: within 1 % over five images.
 
@@ -275,7 +302,7 @@ def folder_of(tmp_path, compress, tiny_data):
 
 @pytest.mark.parametrize("script, flags", [
     ("vae", {}), ("vae", dict(dataset="mnist", prior="realnvp")),
-    ("selfvae", dict(levels=1, block=2)), ("selfvae", dict(levels=2, size=32))])
+    ("selfvae", dict(levels=1, exact=True)), ("selfvae", dict(levels=2, size=32))])
 def test_files_come_back(compress, folder_of, tmp_path, tiny_data, script, flags):
     """Two test images, through a file; none is overwritten."""
     folder = str(folder_of(script, **flags))
@@ -290,7 +317,7 @@ def test_files_come_back(compress, folder_of, tmp_path, tiny_data, script, flags
 
 
 @pytest.mark.parametrize("script, flags, rows", [
-    ("selfvae", dict(levels=1, block=2), 2), ("vae", dict(dataset="mnist"), 1)])
+    ("selfvae", dict(levels=1, exact=True), 2), ("vae", dict(dataset="mnist"), 1)])
 def test_sizes(compress, folder_of, tmp_path, capsys, script, flags, rows):
     """Else the table says something else than `write`, the bound, and what is popped.
 

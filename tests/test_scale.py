@@ -256,13 +256,13 @@ def test_bf16(script):
         slope = torch.autograd.grad(loss, given, allow_unused=True)
         slopes[dtype] = torch.cat([g.flatten() for g in slope if g is not None])
         losses[dtype] = loss.item()
-    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert not torch.equal(*slopes.values())  # losses can agree in every digit by chance
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
     cosine = torch.cosine_similarity(*slopes.values(), dim=0)
     assert cosine > 0.8
 
 
-UNBROKEN = {"selfvae": dict(prior="normal", block=2)}
+UNBROKEN = {"selfvae": dict(prior="normal", exact=True)}
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "vae"])

@@ -36,7 +36,7 @@ OPERATIONS = ["generate", "conditional_generate", "conditional_reconstruct",
 def narrow(monkeypatch):
     """--small, narrower still, and one seed for every test."""
     width = dict(q_u=(8, 1), p_y=(8, 1), flow=(4, 1), q_z=(8, 1),
-                 p_z=((8, 1), (4, 1)), p_x=((8, 1), 8, (4, 1)))
+                 p_z=((8, 1), (4, 1)), p_x=((8, 1), 8, (4, 1)), turn=(4, 1))
     monkeypatch.setitem(selfvae.WIDTHS, "small", width)
     torch.manual_seed(0)
 
@@ -270,7 +270,7 @@ def test_a_transformation_is_one_function_and_one_entry(monkeypatch):
     def toy(y):
         return y[:, :max(1, y.shape[1] - 1), ::2, ::2]
 
-    monkeypatch.setitem(selfvae.TRANSFORMS, "toy", (toy, 2, False))
+    monkeypatch.setitem(selfvae.TRANSFORMS, "toy", (toy, 2, None))
     model = make(levels=2, size=32, transform="toy")
     x = noise_images(2, size=32)
     assert model.shapes == {1: (1, 8, 8), 2: (2, 16, 16), 3: (3, 32, 32)}
@@ -390,9 +390,9 @@ def test_terms_and_shapes(levels, channels):
         height, width = y[k + 1].shape[2:]
         assert p_x.logits.shape == (2, 10, height, width)
         pairs = {1: 0, 3: 3}[channels]
-        assert len(p_x.means) == len(p_x.log_scales) == channels
+        assert len(p_x.means) == p_x.log_scales.shape[1] == channels
         assert len(p_x.couplings) == pairs
-        for item in [*p_x.means, *p_x.log_scales, *p_x.couplings]:
+        for item in [*p_x.means, *p_x.log_scales.unbind(1), *p_x.couplings]:
             assert item.shape == (2, 10, height, width)
 
 
@@ -500,7 +500,7 @@ def linear_gaussian(monkeypatch, c):
 
     model = make(levels=1, channels=1, prior="normal")
     x = noise_images(3, channels=1)
-    monkeypatch.setattr(selfvae, "Dmol", lambda distribution, block: distribution)
+    monkeypatch.setattr(selfvae, "Dmol", lambda distribution, channels: distribution)
     model.q_u = Stub(q_u)
     model.p_y = Stub(p_y)
     model.q_z[0] = Stub(q_z)
@@ -668,7 +668,7 @@ def test_log_weights_are_the_sum_of_the_factors(levels):
     with torch.no_grad():
         for s in range(5):
             u = draws[s][0]
-            log_p = model.p_u.log_prob(u) + Dmol(model.p_y(u)).log_prob(y[1])
+            log_p = model.p_u.log_prob(u) + Dmol(model.p_y(u), 3).log_prob(y[1])
             log_q = gaussian(model.q_u(y[1])).log_prob(u)
             for k in range(1, levels + 1):
                 z = draws[s][k]
@@ -1038,10 +1038,9 @@ def test_free_bits(monkeypatch, levels, name, free):
     torch.testing.assert_close(costs, terms)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_without_y(block):
+def test_without_y():
     """Where z is known, p(x|y, z) differs from one y to another by its shift alone."""
-    model = wake.WithoutY(Config(levels=2, block=block, small=True), (3, 32, 32))
+    model = wake.WithoutY(Config(levels=2, small=True), (3, 32, 32))
     p_x = model.p_x[1]
     z = torch.randn(1, *selfvae.LATENT)
     seen = inputs_of(p_x.joint[0])
@@ -1050,5 +1049,6 @@ def test_without_y(block):
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
     assert seen[0][0].abs().max() > 0
     assert not torch.equal(*means)
-    with pytest.raises(UserError, match="levels 1"):
-        wake.WithoutY(Config(levels=0, small=True), (3, 32, 32))
+    for flags in (dict(levels=0), dict(exact=True)):
+        with pytest.raises(UserError, match="levels 1 or more and no --exact"):
+            wake.WithoutY(Config(small=True, **flags), (3, 32, 32))

@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 import vae
-from common import UserError, dmol_log_prob, dmol_sample, from_uint8, log_mean_exp, quantize
+from common import Dmol, UserError, from_uint8, log_mean_exp, quantize
 from conftest import count, inputs_of, seeded
 from vae import VAE, Config, Decoder, Encoder, MoGPrior, NormalPrior, RealNVPPrior, gaussian
 
@@ -405,7 +405,7 @@ def test_log_weights_are_those_of_the_formula(prior):
     for s in range(3):
         q = gaussian(model.q_z(x))
         z = q.rsample()
-        expected = dmol_log_prob(x, model.p_x(z)) + model.p_z.log_prob(z) - q.log_prob(z)
+        expected = Dmol(model.p_x(z), 3).log_prob(x) + model.p_z.log_prob(z) - q.log_prob(z)
         torch.testing.assert_close(log_w[s], expected, rtol=1e-5, atol=1e-2)
     assert log_w.shape == (3, 2) and log_w.std(0).min() > 1e-2
 
@@ -518,7 +518,7 @@ def test_interpolation_is_the_straight_line():
     z2 = model.q_z(x2)[:, :16]
     for i, z in enumerate((z1, (z1 + z2) / 2, z2)):
         torch.testing.assert_close(seen[0].unflatten(0, (2, 3))[:, i], z)
-        assert (line[:, i] - dmol_sample(model.p_x(z), mean=True)).abs().max() < LEVEL
+        assert (line[:, i] - Dmol(model.p_x(z), 3).mean).abs().max() < LEVEL
 
 
 def test_interpolation_of_one_image_is_its_start():
@@ -526,7 +526,7 @@ def test_interpolation_of_one_image_is_its_start():
     model = make("normal")
     x = noise_images(2)
     line = model.interpolate(x[:1], x[1:], count=1, mean=True)
-    start = dmol_sample(model.p_x(model.q_z(x[:1])[:, :16]), mean=True)
+    start = Dmol(model.p_x(model.q_z(x[:1])[:, :16]), 3).mean
     assert line.shape == (1, 1, 3, 8, 8) and (line[:, 0] - start).abs().max() < LEVEL
 
 
