@@ -5,7 +5,7 @@ Images on disk are uint8 (N, H, W, C). Images in a model are float32 (B, C, H, W
 `to_uint8` convert between the two. Equations are numbered as in docs/equations.md.
 
     B batch · C channels · H, W height and width · M mixture components · N images
-    P = dmol_channels(C) mixture parameters a pixel · S importance samples
+    P = dmol_channels(C) mixture parameters per pixel · S importance samples
 """
 
 import atexit
@@ -625,10 +625,10 @@ class Dmol:
 
     Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels.
     `params` (B, P, H, W) is a network's output, for images of `channels` channels. With `shift`
-    (B, C or 1, H, W) the mixture is one of x - shift. `interval`, if given, restricts x: it is a
-    function of pixel values (B, C, H, W), int, that returns the lowest and the highest possible
-    value of each channel, of which those of channel c depend on the channels before c alone.
-    Computed in fp32 or float64. M is the number of components.
+    (B, C or 1, H, W) the mixture is one of x - shift, called `rest` below. `interval`, if given,
+    restricts x: a function of pixel values (B, C, H, W), int, that returns the lowest and the
+    highest possible value of each channel. Those of channel c depend on the channels before c
+    alone. Computed in fp32 or float64. M is the number of components.
     """
 
     def __init__(self, params, channels, shift=None, interval=None):
@@ -654,7 +654,7 @@ class Dmol:
     def log_prob(self, x):
         """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
 
-        -inf where a value lies outside of its interval.
+        -inf where a value lies outside its interval.
         """
         log_p = self.logits.log_softmax(1) + self.log_values(x).sum(1)  # (B, M, H, W)
         return torch.logsumexp(log_p, 1).sum((1, 2))
@@ -670,7 +670,7 @@ class Dmol:
         rest = (x - shift).unsqueeze(2).unbind(1)  # C of (B, 1, H, W), against M components
         means = []
         for c in range(first, last):
-            means.append(self.mean_given(c, rest, self.means, self.couplings))
+            means.append(coupled_mean(c, rest, self.means, self.couplings))
         mean = torch.stack(means, 1) + shift[:, first:].unsqueeze(2)
         inverse_scale = torch.exp(-self.log_scales[:, first:last])
         value = x[:, first:].unsqueeze(2)
@@ -680,22 +680,17 @@ class Dmol:
         low = low[:, first:last].unsqueeze(2)
         high = high[:, first:last].unsqueeze(2)
         mean = near(low, high, mean, inverse_scale)
-        mass_of_all = log_mass(low, high, mean, inverse_scale)
-        log_p = log_mass(value, value, mean, inverse_scale) - mass_of_all
-        return log_p.masked_fill((value < low) | (value > high), -math.inf)
-
-    def mean_given(self, c, rest, means, couplings):
-        """The components' means of channel c less its shift, given the channels before it.
-
-        means: C of (B, M, H, W), couplings: C(C-1)/2 of the same; rest: x_j - shift_j for j < c.
-        """
-        mean = means[c]
-        for j in range(c):
-            mean = mean + couplings[c * (c - 1) // 2 + j] * rest[j]
-        return mean
+        log_all = log_mass(low, high, mean, inverse_scale)
+        log_p = log_mass(value, value, mean, inverse_scale) - log_all
+        # Half a step off, so that no rounding decides.
+        outside = (value < low - 1 / 255) | (value > high + 1 / 255)
+        return log_p.masked_fill(outside, -math.inf)
 
     def limits(self, x):
-        """Lowest and highest possible value of each channel, on the grid: two like x."""
+        """Lowest and highest possible value of each channel, on the grid: two that broadcast to x.
+
+        Those of channel c depend on the channels before c; the others may hold anything.
+        """
         if self.interval is None:
             return -torch.ones_like(x), torch.ones_like(x)
         low, high = self.interval(to_uint8(x).int())
@@ -715,7 +710,7 @@ class Dmol:
             low, high = self.limits(x)
             low = low[:, this]
             high = high[:, this]
-            mean = self.mean_given(c, rest, means, couplings) + shift
+            mean = coupled_mean(c, rest, means, couplings) + shift
             drawn = draw_logistic(low, high, mean, torch.exp(-log_scales[:, this]))
             # Rounded here: the next is conditioned on the value that this one will have.
             x[:, this] = quantize(drawn).clamp(low, high)
@@ -724,7 +719,7 @@ class Dmol:
 
     @property
     def mean(self):
-        """The expected value of x -> (B, C, H, W), on the grid.
+        """The expected value of x, nearly -> (B, C, H, W), on the grid.
 
         It ignores the rounding, and clips every component's mean to the possible values.
         """
@@ -735,21 +730,34 @@ class Dmol:
             this = slice(c, c + 1)
             shift = self.shift[:, this]
             low, high = self.limits(x)
-            mean = self.mean_given(c, rest, self.means, self.couplings) + shift
+            mean = coupled_mean(c, rest, self.means, self.couplings) + shift
             mean = mean.clamp(low[:, this], high[:, this])  # (B, M, H, W)
             x[:, this] = quantize((weights * mean).sum(1, keepdim=True))
             rest.append(mean - shift)
         return x
 
 
-def bin_edges(low, high):
-    """Where the bins of the grid values `low` to `high` begin and end: two of their shapes.
+def coupled_mean(c, rest, means, couplings):
+    """The components' means of channel c less its shift, given the channels before it.
 
-    Those of the lowest and of the highest pixel value end at infinity, or rather at 1e9, where σ is
-    0 or 1 as well, but gradients are 0 and not 0 · ∞.
+    means: C of (B, M, H, W); couplings: C(C-1)/2 of the same; rest: x_j - shift_j for j < c.
     """
-    lower = torch.where(low < -1 + 1 / 255, -1e9, low - 1 / 255)
-    upper = torch.where(high > 1 - 1 / 255, 1e9, high + 1 / 255)
+    mean = means[c]
+    for j in range(c):
+        mean = mean + couplings[c * (c - 1) // 2 + j] * rest[j]
+    return mean
+
+
+FAR = 1e9  # as good as infinity for σ, and gradients are 0 there, not 0 · ∞
+
+
+def bin_edges(low, high):
+    """Grid values `low` to `high` -> the lower edge of the first bin, the upper edge of the last.
+
+    The bin of the lowest pixel value has no lower edge, that of the highest no upper one.
+    """
+    lower = torch.where(low < -1 + 1 / 255, -FAR, low - 1 / 255)
+    upper = torch.where(high > 1 - 1 / 255, FAR, high + 1 / 255)
     return lower, upper
 
 
@@ -762,7 +770,7 @@ def log_mass(low, high, mean, inverse_scale):
     """
     lower, upper = bin_edges(low, high)
     # The width of what lies between the edges, without their rounding where both are finite.
-    width = torch.where(upper - lower > 1e8, 1e9, high - low + 2 / 255)
+    width = torch.where(upper - lower > FAR / 2, FAR, high - low + 2 / 255)
     log_above = -F.softplus((lower - mean) * inverse_scale)  # log σ(-b)
     log_below = -F.softplus((mean - upper) * inverse_scale)  # log σ(a)
     log_width = torch.log(-torch.expm1(-width * inverse_scale))  # log(1 - e^(b-a))
@@ -772,8 +780,8 @@ def log_mass(low, high, mean, inverse_scale):
 def near(low, high, mean, inverse_scale):
     """The mean, moved to within 20 scales of the values from `low` to `high`.
 
-    A logistic restricted to them is the same then, to e⁻²⁰: so far out it is an exponential, of
-    which the mean is no parameter. But the digits that a larger distance would cost are kept.
+    Further out the restricted logistic is an exponential, on which the mean has no influence: it
+    stays the same to e⁻²⁰. At a larger distance digits would be lost.
     """
     lower, upper = bin_edges(low, high)
     reach = 20 / inverse_scale
@@ -788,7 +796,7 @@ def draw_logistic(low, high, mean, inverse_scale):
     sign = torch.where(lower + upper > 2 * mean, -1.0, 1.0)
     from_p = torch.sigmoid(sign * (lower - mean) * inverse_scale)
     to_p = torch.sigmoid(sign * (upper - mean) * inverse_scale)
-    p = torch.lerp(from_p, to_p, torch.rand_like(mean).clamp(min=2**-25))  # logit(0) is -∞
+    p = torch.lerp(from_p, to_p, torch.rand_like(mean).clamp(min=2**-24))  # never 0 or 1
     return mean + sign * torch.logit(p) / inverse_scale
 
 

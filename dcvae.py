@@ -34,7 +34,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import shlex
 import subprocess
 import sys
@@ -1334,20 +1333,29 @@ def run_folder(cfg):
     return Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}")
 
 
+def holds_a_run(folder):
+    """The UserError for a new run in the folder of another."""
+    return UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval evaluates "
+                     "it, --name NAME starts another")
+
+
 def start_run(cfg, folder):
-    """Make the folder of a new run, with config.json and an empty log -> the run's state.
+    """Make the folder of a new run, with config.json, which no other has -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
     "saved" are times on the clock: when training began, plus all pauses, and of the last save.
     """
     if processes()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)  # stdout "" without git
+                             capture_output=True, encoding="utf-8")  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | made_by, indent=1))
-        (folder / "log.jsonl").write_text("")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.json", "x", encoding="utf-8") as file:
+                file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
+        except FileExistsError:  # of a run that was started at the same time
+            raise holds_a_run(folder) from None
     return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
             "saved": -math.inf}  # so last.pt is saved at the first progress line
 
@@ -1371,7 +1379,7 @@ def load_checkpoint(folder, best):
         script = checkpoint["script"]
     except FileNotFoundError:
         raise UserError(f"there is no {path} to go on from or to evaluate") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except Exception:  # whatever unpickling what is broken may raise
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
@@ -1435,12 +1443,13 @@ def main(Model, argv=None):
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif any(folder.glob("*.pt")):
-            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, "
-                            "--eval evaluates it, --name NAME starts another")
+        elif (folder / "config.json").exists() or any(folder.glob("*.pt")):
+            raise holds_a_run(folder)
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        if checkpoint:
+            require_same_images(checkpoint, images)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if not cfg.eval:

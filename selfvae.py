@@ -21,7 +21,7 @@ Derivation, logged terms, differences from the paper: docs/selfvae.md. Results: 
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
     x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), on the 256 values of x
-    u = z_0, z_k (B, 16, 8, 8) latents · P = dmol_channels(C) mixture parameters a pixel
+    u = z_0, z_k (B, 16, 8, 8) latents · P = dmol_channels(C) mixture parameters per pixel
     v (B, 16, 8, 8) the noise of p(u), N(0, 1); of a flow the base variable
 """
 
@@ -31,7 +31,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import shlex
 import subprocess
 import sys
@@ -81,8 +80,8 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives nothing to a y_{k+1} whose d is not y_k",
-                       fixed=True)
+    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives no probability to a y_{k+1} whose d is "
+                       "not y_k", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -326,11 +325,11 @@ class ConditionalPrior(nn.Module):
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
 
-    `z_features` is the number of channels that z becomes at full size.
+    `z_features` is the number of channels that z becomes at full size. `interval` is that of
+    TRANSFORMS with --exact, else None: it restricts every value to what y_k leaves possible.
     NOTE(paper): for a `coarse` y_k, which is a simpler y_{k+1}, the mixture is one of
     y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
-    copy its input. The number of parameters is the same. With `interval`, the --exact one of
-    TRANSFORMS, every value is restricted to what y_k leaves possible.
+    copy its input. The number of parameters is the same.
     """
 
     def __init__(self, channels, size, c_out, coarse, interval, z_width, z_features, joint_width):
@@ -352,13 +351,14 @@ class ConditionalDecoder(nn.Module):
         return Dmol(params, self.c_out, shift, interval)
 
 
-# ---- --exact: p(y_{k+1}|y_k, z_k), y_k = d(y_{k+1}) half as large, draws 2x2 pixels in turn ------
+# ---- --exact, where y_k has half the side: the pixels of 2x2 blocks in turn ----------------------
 
 class InTurnDecoder(nn.Module):
-    """The networks of an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8), all of them at y_k's side.
+    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8).
 
-    NOTE(paper): its pixels are independent given y_k and z_k, and most of what they draw has
-    another d than y_k. So the bound pays for y_k twice.
+    All its networks compute at the side of y_k.
+    NOTE(paper): there the pixels are independent given y_k and z_k, and most images that are drawn
+    have a d other than y_k. So the bound pays for y_k, and in y_{k+1} for the same once more.
     """
 
     def __init__(self, channels, side, interval, z_width, z_features, turn_width):
@@ -367,7 +367,7 @@ class InTurnDecoder(nn.Module):
         self.from_z = Decoder(side, *z_width, z_features, sd=1.0)
         self.turns = nn.ModuleList()
         for before in range(3):
-            c_in = z_features + (5 + before) * channels
+            c_in = z_features + (5 + before) * channels  # y, four slopes, the errors before
             self.turns.append(dense_blocks(c_in, *turn_width, dmol_channels(channels), sd=0.1))
 
     def forward(self, y, z):
@@ -375,43 +375,44 @@ class InTurnDecoder(nn.Module):
 
 
 class InTurn:
-    """A distribution over the images x whose d is y: the four pixels of all 2x2 blocks in turn.
+    """A distribution over the images x with d(x) = y.
 
-    Each is drawn for all blocks at once, given y, features of z and the pixels before:
-    p(x|y, z) = Π_p p(x_p | y, z, x_1 … x_{p-1}). Three are a Dmol of what y and the pixels before
-    leave possible. Of the fourth that is at most four values, each as probable. So p sums to one
-    over {x : d(x) = y}, and log p(x, y) = log p(x).
+    The four pixels of a 2x2 block are drawn one after the other, each for all blocks at once:
+    p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three are Dmols, restricted to what y
+    and the pixels before leave possible. After downscaling that leaves the fourth at most four
+    values, which are equally probable.
     """
 
     def __init__(self, y, features, turns, interval):
         self.y = y  # (B, C, h, w)
+        self.values = to_uint8(y).int()
         self.features = features  # of z, (B, z_features, h, w)
         self.turns = turns  # the networks
         self.interval = interval
-        # A guess of x: y enlarged, then moved by a constant in each block so that its mean is y.
+        # A guess of x: y enlarged, then moved by a constant in each block, so that its mean is y.
         guess = F.interpolate(y, scale_factor=2, mode="bilinear")
         guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
         self.guess = pixels_of_blocks(guess)
+        # Differences are about a quarter as large as y: times four, all inputs are of one size.
+        self.slopes = [4 * (pixel - y) for pixel in self.guess]
 
     def given(self, pixels):
-        """p(x_p | y, z, x_1 … x_{p-1}): the factor of the pixel that comes after these p - 1.
+        """p(x_i | y, z, x_1 … x_{i-1}): the factor of the pixel that comes after i - 1 `pixels`.
 
-        `pixels` are (B, C, h, w) each.
+        They are (B, C, h, w) each.
         """
         to_come = 4 - len(pixels)
         before = [to_uint8(pixel).int() for pixel in pixels]
-        interval = partial(self.interval, to_uint8(self.y).int(), before)
+        interval = partial(self.interval, self.values, before)
         if to_come == 1:
             return Uniform(*interval(None))
         errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
-        # What a block's sum lacks is divided among the pixels to come.
+        # What the pixels before lack of the block's sum is divided among those to come.
         shift = self.guess[len(pixels)] - sum(errors) / to_come
-        # Differences are small beside y: four times as large they are of its size.
-        leaning = [4 * (guess - self.y) for guess in self.guess]
         errors = [4 * error for error in errors]
-        network = self.turns[len(pixels)]
-        inputs = torch.cat([self.features, self.y, *leaning, *errors], 1)
-        params = network(inputs.contiguous(memory_format=torch.channels_last))
+        inputs = torch.cat([self.features, self.y, *self.slopes, *errors], 1)
+        # In this layout whatever that of the pixels is: it decides how a convolution rounds.
+        params = self.turns[len(pixels)](inputs.contiguous(memory_format=torch.channels_last))
         return Dmol(params, self.y.shape[1], shift, interval)
 
     def log_prob(self, x):
@@ -442,7 +443,7 @@ class InTurn:
 
 
 class Uniform:
-    """Every value from `low` to `high`, pixel values (B, C, h, w), is as probable."""
+    """Independent values, each uniform from `low` to `high`: pixel values, int (B, C, h, w)."""
 
     def __init__(self, low, high):
         self.low = low
@@ -463,7 +464,7 @@ class Uniform:
 
     @property
     def mean(self):
-        """The value in the middle, on the grid."""
+        """The value in the middle, rounded down, on the grid."""
         return from_uint8((self.low + self.high) // 2)
 
 
@@ -689,35 +690,36 @@ def posterize(y):
     return y // 64 * 85
 
 
-# What d leaves of x: the least and the greatest value of each channel of a pixel, (B, C, h, w).
-# Given are pixel values, int: y (B, C_y, h, w), the pixels of its block that are known already, and
-# the pixel x (B, C, h, w) itself. What is left to a channel depends on those before it alone.
+# What d leaves of x: the lowest and the highest possible value of each channel of a pixel. All are
+# pixel values, int: y (B, C_y, h, w); `pixels`, those of its block that are known already; x
+# (B, C, h, w), the pixel itself, of which only the channels before are looked at, or None.
 
 def downscale_interval(y, pixels, x):
-    """4y - 2 ≤ Σ l ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    to_come = 3 - len(pixels)
-    low = 4 * y - 2 - sum(pixels) - 255 * to_come
-    high = 4 * y + 1 - sum(pixels)
+    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
+    known = sum(pixels)
+    later = 3 - len(pixels)
+    low = 4 * y - 2 - known - 255 * later
+    high = 4 * y + 1 - known
     return low.clamp(min=0), high.clamp(max=255)
 
 
 def grayscale_interval(y, pixels, x):
     """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
     weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:x.shape[1]]
-    known = (weights * x).cumsum(1) - weights * x  # of the sum, before each channel
-    to_come = 1000 - weights.cumsum(0)  # weights after it
-    low = -((known + 255 * to_come + 500 - 1000 * y) // weights)  # rounded up
+    known = (weights * x).cumsum(1) - weights * x  # what the channels before add to the sum
+    later = 1000 - weights.cumsum(0)  # the weights of the channels after
+    low = -((known + 255 * later + 500 - 1000 * y) // weights)  # rounded up
     high = (1000 * y + 499 - known) // weights
     return low.clamp(min=0), high.clamp(max=255)
 
 
 def posterize_interval(y, pixels, x):
     """The 64 values with the same two high bits."""
-    low = y // 85 * 64
+    low = y // 64 * 64  # d has 85 times as many, of the same high bits
     return low, low + 63
 
 
-# --transform: d, the most --levels that make sense, and what d leaves of x, if y is a coarse x.
+# --transform: d, the most --levels that make sense, and, if y is a coarse x, what d leaves of x.
 TRANSFORMS = {
     "downscale": (downscale, math.inf, downscale_interval),
     "sketch": (sketch, 1, None),
@@ -731,7 +733,8 @@ TRANSFORMS = {
 
 # Changed from vae.py: every factor has its own
 # (growth, layers) of the dense blocks of each factor. p_z: those of from_y, then those of from_z
-# and joint. p_x: those of from_z, how many channels it makes of z, those of joint.
+# and joint. p_x: those of from_z, how many channels it makes of z, those of joint. turn, ours: with
+# --exact and y of half the side, those of each of the three networks in place of joint.
 WIDTHS = {
     "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
@@ -777,7 +780,7 @@ class SelfVAE(nn.Module):
         if cfg.exact and self.K == 0:
             raise UserError("--exact is about x given y, and --levels 0 has no y: take 1 or more")
         if cfg.exact and interval is None:
-            raise UserError(f"--exact needs a d that leaves an interval for every value, and "
+            raise UserError("--exact needs a d that leaves an interval for every value, and "
                             f"{cfg.transform} does not: take downscale, grayscale or posterize")
         if self.K and cfg.transform == "grayscale" and channels == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
@@ -802,6 +805,8 @@ class SelfVAE(nn.Module):
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
+        coarse = interval is not None
+        restricted = interval if cfg.exact else None
         for k in range(1, self.K + 1):
             C, side, _ = self.shapes[k]
             C_next, side_next, _ = self.shapes[k + 1]
@@ -811,8 +816,8 @@ class SelfVAE(nn.Module):
             if cfg.exact and side_next == 2 * side:
                 decoder = InTurnDecoder(C, side, interval, z_width, z_features, width["turn"])
             else:
-                decoder = ConditionalDecoder(C, side_next, C_next, interval is not None,
-                                             interval if cfg.exact else None, *width["p_x"])
+                decoder = ConditionalDecoder(C, side_next, C_next, coarse, restricted, z_width,
+                                             z_features, joint_width)
             self.p_x.append(decoder)  # Eq. (3.2e)
 
     def initialize(self, x):
@@ -872,8 +877,9 @@ class SelfVAE(nn.Module):
 
         x is (B, C, H, W); u_s and all z_s are one joint sample from q. E[log w] is the bound,
         Eq. (2): its two parts are averaged in Eqs. (A.4a), (A.4b) and joined in Eqs. (1), (A.4c),
-        where log q(y|x) = 0. E[w] is p(x, y) at y = d(x) and not p(x), the sum over all y: no
-        number of samples closes that gap. x and the y_k are encoded once.
+        where log q(y|x) = 0. E[w] is p(x, y) at y = d(x), which is less than p(x), the sum over all
+        y, unless --exact lets no other y have this x: no number of samples closes that gap. x and
+        the y_k are encoded once.
         """
         y = self.representations(x)
         q_u = gaussian(self.q_u(y[1]))
@@ -1399,20 +1405,29 @@ def run_folder(cfg):
     return Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}")
 
 
+def holds_a_run(folder):
+    """The UserError for a new run in the folder of another."""
+    return UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval evaluates "
+                     "it, --name NAME starts another")
+
+
 def start_run(cfg, folder):
-    """Make the folder of a new run, with config.json and an empty log -> the run's state.
+    """Make the folder of a new run, with config.json, which no other has -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
     "saved" are times on the clock: when training began, plus all pauses, and of the last save.
     """
     if processes()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)  # stdout "" without git
+                             capture_output=True, encoding="utf-8")  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | made_by, indent=1))
-        (folder / "log.jsonl").write_text("")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.json", "x", encoding="utf-8") as file:
+                file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
+        except FileExistsError:  # of a run that was started at the same time
+            raise holds_a_run(folder) from None
     return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
             "saved": -math.inf}  # so last.pt is saved at the first progress line
 
@@ -1436,7 +1451,7 @@ def load_checkpoint(folder, best):
         script = checkpoint["script"]
     except FileNotFoundError:
         raise UserError(f"there is no {path} to go on from or to evaluate") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except Exception:  # whatever unpickling what is broken may raise
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
@@ -1500,12 +1515,13 @@ def main(Model, argv=None):
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif any(folder.glob("*.pt")):
-            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, "
-                            "--eval evaluates it, --name NAME starts another")
+        elif (folder / "config.json").exists() or any(folder.glob("*.pt")):
+            raise holds_a_run(folder)
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
+        if checkpoint:
+            require_same_images(checkpoint, images)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if not cfg.eval:

@@ -111,8 +111,8 @@ def interval(table, symbol):
 def slots(probabilities, possible):
     """Probabilities (n, symbols) -> where each symbol's slots begin, uint64 (n, symbols + 1).
 
-    Every `possible` symbol, bool (n, symbols), keeps one slot, however improbable; the others are
-    shared out.
+    Every `possible` symbol, bool (n, symbols), keeps one slot, however improbable; the other slots
+    are shared out.
     """
     cumulated = np.zeros((len(probabilities), probabilities.shape[1] + 1))
     np.cumsum(probabilities, 1, out=cumulated[:, 1:])
@@ -140,10 +140,10 @@ def pop_all(stack, table):
 # ---- An image given its distribution, a latent given its Gaussian --------------------------------
 
 def walk_image(p_x, value_of):
-    """Walk through an image (1, C, H, W), and return it. An InTurn's pixels come in turn.
+    """Walk through an image (1, C, H, W), of an InTurn pixel by pixel -> the image.
 
-    `value_of(table)` says which the next values are, (h·w,): `table` of slots (h·w, 257) is of
-    them given all before. The sender knows the values, the receiver pops them.
+    `value_of(table)` is asked for the next values, (h·w,); `table` (h·w, 257) has their slots,
+    given all values before. The sender knows them, the receiver pops them.
     """
     if isinstance(p_x, Dmol):
         return walk_channels(p_x, value_of)
@@ -158,7 +158,7 @@ def walk_image(p_x, value_of):
 
 
 def walk_channels(p_x, value_of):
-    """The same for a Dmol: the bound's own numbers, one channel after the other.
+    """`walk_image` for a Dmol: the bound's own numbers, one channel after the other.
 
     Component m weighs π_m times its probabilities of the channels before, by Bayes' rule.
     Memory: some ten times 256·M·h·w floats.
@@ -179,11 +179,11 @@ def walk_channels(p_x, value_of):
 
 
 def walk_uniform(p_x, value_of):
-    """The same for a Uniform."""
-    values = torch.arange(256).view(256, 1, 1, 1)
+    """`walk_image` for a Uniform."""
+    values = torch.arange(256).view(256, 1, 1)
     x = []
     for low, high in zip(p_x.low.unbind(1), p_x.high.unbind(1)):  # (1, h, w) each
-        possible = ((low <= values) & (values <= high)).squeeze(1)  # (256, h, w)
+        possible = (low <= values) & (values <= high)  # (256, h, w)
         value = value_of(table_of(possible.double(), possible))
         x.append(from_uint8(torch.from_numpy(value).view_as(low)))
     return torch.stack(x, 1)
@@ -197,7 +197,7 @@ def table_of(probabilities, possible):
 def push_image(stack, p_x, x):
     """Push an image (1, C, H, W), its last value first, as a receiver pops its first one first."""
     images = [x] if isinstance(p_x, Dmol) else pixels_of_blocks(x)
-    values = torch.cat([to_uint8(image).long().flatten(2)[0] for image in images]).numpy()
+    values = to_uint8(torch.cat(list(images), 1)).long().flatten(2)[0].numpy()
     tables = []
 
     def value_of(table):

@@ -141,7 +141,7 @@ def greys(x):
 def test_pixels_cost_their_log_probability(compress, make_p_x):
     """Else the tables are not of p(x_c) given the values before.
 
-    Mixtures are random. Values that cannot be have no slots.
+    Mixtures are random.
     """
     p_x = make_p_x()
     x = p_x.sample()
