@@ -9,6 +9,7 @@ Images on disk are uint8 (N, H, W, C). Images in a model are float32 (B, C, H, W
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ import os
 import pickle
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -32,10 +34,16 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.distributions import Categorical, Distribution
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 Distribution.set_default_validate_args(False)  # its checks would wait for the device
 
@@ -96,6 +104,7 @@ class Images:
     test: np.ndarray
     labels: dict | None  # {split: uint8 (N,) or (N, columns)}
     augment: bool  # whether training flips and shifts the images
+    key: str = ""  # the set's name; of a folder a checksum, which it keeps when it is moved
 
     @property
     def shape(self):
@@ -110,123 +119,224 @@ def load_images(name, data_dir, size=None):
     Reads {data_dir}/{name}-{size}/train.npy and test.npy. Where these are missing they are made
     once: drawn, downloaded by torchvision, or read from the folder. `size` is the side in pixels.
     Validation is 15 % of the training images by a permutation that never changes.
-    UserError for an unknown name, an empty or broken folder, or a download that fails.
+    UserError for an unknown name, an empty or broken folder, a download that fails or is not
+    whole, and files that do not fit `size`.
     """
     if name in POINTS:
         return load_points(name)
+    data_dir = Path(data_dir)
     folder = None
+    title = name
+    key = name
     if name not in DATASETS:
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(name))
+        if not name or not folder.is_dir():
             known = ", ".join([*DATASETS, *POINTS])
             raise UserError(f"dataset {name!r} is neither one of {known}, nor a folder of images")
-    default_size, splits_of = DATASETS.get(name, (64, None))
+        title = folder.resolve().name
+        key = _folder_key(folder, data_dir)
+    default_size, splits_of = DATASETS.get(name, (64, functools.partial(_folder_splits, folder)))
     size = size or default_size
     if size < 8:
         raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
-    stored = Path(data_dir, f"{name if folder is None else _folder_key(folder)}-{size}")
+    place = data_dir / (name if folder is None else f"{title}-{key}")
+    stored = place.with_name(f"{place.name}-{size}")
     if processes()[0] == 0 and not stored.is_dir():
-        print(f"preparing {stored} (once)", flush=True)
-        splits = splits_of(Path(data_dir), size) if folder is None else _folder_splits(folder, size)
-        _store(stored, splits)
+        with _alone(place.with_name(f"{place.name}.lock")):
+            if not stored.is_dir():  # else another process has made it meanwhile
+                print(f"preparing {_printable(stored)} (once)", flush=True)
+                splits = splits_of(data_dir, size)
+                _require_whole(name, splits, data_dir)
+                _store(stored, splits)
     barrier()
 
-    train = _open(stored / "train.npy", "images")
-    test = _open(stored / "test.npy", "images")
+    train = _open_images(stored / "train.npy", size, at_least=2)  # one of them becomes validation
+    test = _open_images(stored / "test.npy", size, at_least=1)
+    if train.shape[3] != test.shape[3]:
+        raise UserError(f"the images of {stored} have {train.shape[3]} channels in train.npy, "
+                        f"{test.shape[3]} in test.npy")
     order = np.random.default_rng(0).permutation(len(train))
     n_valid = max(1, round(VALID_SHARE * len(train)))
     valid_index = np.sort(order[:n_valid])
     train_index = np.sort(order[n_valid:])
     labels = None
     if (stored / "train-labels.npy").exists():
-        of_train = _open(stored / "train-labels.npy", "labels", len(train))
-        of_test = _open(stored / "test-labels.npy", "labels", len(test))
+        of_train = _open_labels(stored / "train-labels.npy", len(train))
+        of_test = _open_labels(stored / "test-labels.npy", len(test))
         labels = {"train": of_train[train_index], "valid": of_train[valid_index], "test": of_test}
     # A flipped digit is no digit, and the selfVAE paper leaves CelebA as it is (A.5).
     augment = folder is not None or name not in ("mnist", "celeba")
-    return Images(name if folder is None else folder.resolve().name, size,
-                  Subset(train, train_index), Subset(train, valid_index), test, labels, augment)
+    return Images(_printable(title), size, Subset(train, train_index), Subset(train, valid_index),
+                  test, labels, augment, key)
 
 
-def _open(path, kind, count=None):
-    """Memory-map a file of "images", uint8 (N, H, W, C), or "labels", uint8, `count` rows."""
+def _printable(name):
+    """A file's name as text that can be encoded: bytes in it that are no UTF-8 are spelt out."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
+def _reason(error):
+    """What an error says, as one line of at most 300 characters; its kind where it says nothing."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Context for one process at a time, which locks the file `path`; meanwhile others wait.
+
+    The lock ends with its process, however that ends. Without such locks, as on Windows, none wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not fcntl:
+        yield
+        return
+    while True:
+        with open(path, "a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("waiting for another process, which prepares the same data", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                pass
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # that process has removed it: others no longer see this lock
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _open(path):
+    """Memory-map a .npy file. UserError if it cannot be read."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}); delete its folder to remake it") from None
-    shaped = array.ndim == 4 if kind == "images" else array.ndim in (1, 2)
-    counted = len(array) == count if count else len(array) > 0
-    if array.dtype != np.uint8 or not shaped or not counted:
-        raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8, "
-                        "(N, H, W, C) of images or a row of labels for each image")
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of a damaged file numpy raises many kinds
+        raise UserError(f"cannot read {_printable(path)} ({_reason(error)}); "
+                        "delete its folder to remake it") from None
+
+
+def _open_images(path, size, at_least):
+    """Memory-map images, uint8 (N, size, size, C), grey or RGB. UserError for any other array."""
+    array = _open(path)
+    fits = array.ndim == 4 and array.shape[1:3] == (size, size) and array.shape[3] in (1, 3)
+    if array.dtype != np.uint8 or not fits or len(array) < at_least:
+        raise UserError(f"{_printable(path)} holds {array.dtype} {array.shape}; it should be uint8 "
+                        f"(N, {size}, {size}, 1 or 3) of N >= {at_least} images")
+    return array
+
+
+def _open_labels(path, count):
+    """Memory-map the labels of `count` images, uint8 (count,) or (count, columns)."""
+    array = _open(path)
+    if array.dtype != np.uint8 or array.ndim not in (1, 2) or len(array) != count:
+        raise UserError(f"{_printable(path)} holds {array.dtype} {array.shape}; it should be "
+                        f"uint8, a row for each of the {count} images")
     return array
 
 
 def _store(folder, splits):
-    """Write {split: (count, images, labels or None)} as .npy files, whole or not at all.
+    """Write {split: (images, labels or None)} as .npy files, whole or not at all.
 
-    They are written aside and renamed at the end. `images` need only answer images[i]. An
-    interrupted call leaves what it has made, and the next one goes on from there.
+    They are written aside and renamed at the end. An interrupted call leaves what it has made, and
+    the next one goes on from there. `images` have a shape and answer images[i]; of those that
+    raise UserError the first ten are named in one UserError at the end.
     """
     partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        for split, (count, images, labels) in splits.items():
-            _store_images(partial, split, count, images)
-            if labels is not None:
-                np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
-    except UserError:  # a broken file will be replaced or removed: positions mean other images then
+    partial.mkdir(exist_ok=True)
+    broken = []
+    for split, (images, labels) in splits.items():
+        _store_images(partial, split, images, broken)
+        if labels is not None:
+            labels = np.asarray(labels, np.uint8)
+            _new_array(partial / f"{split}-labels.npy", labels.shape)[:] = labels
+    if broken:  # they will be replaced or removed: positions mean other images then
         shutil.rmtree(partial)
-        raise
+        named = sorted(broken)[:10]
+        if len(broken) > 10:
+            named.append("…")
+        raise UserError(f"cannot read {len(broken):,} of the images: "
+                        f"{_printable('; '.join(named))}")
     for note in partial.glob("*.done"):
         note.unlink()
     os.replace(partial, folder)
 
 
-def _store_images(folder, split, count, images):
-    """Write images[0], …, images[count - 1] to {split}.npy; {split}.done says how many are there.
+def _store_images(folder, split, images, broken):
+    """Write `images` to {split}.npy; {split}.done says how many of them are there.
 
-    Every half minute that number is noted, and printed with the time that is left.
+    Every half minute that number is noted, and printed with the time that is left. What UserErrors
+    say is appended to the list `broken`; images from the first of them on are not noted as there.
     """
     path = folder / f"{split}.npy"
     note = folder / f"{split}.done"
-    shape = (count, *images[0].shape)
-    first = 0
-    if note.exists():
+    count = images.shape[0]
+    first = _noted(path, note, images.shape)
+    if first:
         array = np.lib.format.open_memmap(path, "r+")
-        if array.shape == shape:  # else the source has got other images since
-            first = int(note.read_text())
-    if first == 0:
-        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    else:
+        note.unlink(missing_ok=True)  # it counts what was in an older file
+        array = _new_array(path, images.shape)
 
     def take_note(done):
         array.flush()
         aside = note.with_suffix(".tmp")
-        aside.write_text(str(done))
+        aside.write_text(str(done), encoding="utf-8")
         os.replace(aside, note)
 
     began = time.perf_counter()
     noted = began
-    done = first
+    whole = first
     try:
-        while done < count:
-            array[done] = images[done]
-            done += 1
+        for i in range(first, count):
+            try:
+                array[i] = images[i]
+            except UserError as error:
+                broken.append(str(error))
+            if not broken:
+                whole = i + 1
             now = time.perf_counter()
             if now > noted + 30:
-                take_note(done)
+                take_note(whole)
                 noted = now
+                done = i + 1
                 left = (now - began) / (done - first) * (count - done)
                 print(f"{done:,} of {count:,} {split} images, {clock(left)} left", flush=True)
     finally:
-        take_note(done)
+        take_note(whole)
+
+
+def _noted(path, note, shape):
+    """How many images an interrupted call left in `path`: 0 unless all is as that call makes it."""
+    try:
+        done = int(note.read_text(encoding="utf-8"))
+        array = _open(path)
+    except (OSError, ValueError, UserError):  # none, or a crash has cut them off
+        return 0
+    if array.shape != shape or array.dtype != np.uint8 or not 0 <= done <= shape[0]:
+        return 0  # the source has got other images since, or the note is damaged
+    return done
+
+
+def _new_array(path, shape):
+    """Make a .npy file of zeros, uint8, mapped into memory.
+
+    OSError if the disk has no space for it: later the operating system would kill the process.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 class Made:
-    """A sequence whose items are made by `make(i)` when they are asked for."""
+    """Images of `shape`, (N, H, W, C), each made by `make(i)` when it is asked for."""
 
-    def __init__(self, make):
+    def __init__(self, make, shape):
         self.make = make
+        self.shape = shape
 
     def __getitem__(self, i):
         return self.make(i)
@@ -246,16 +356,8 @@ def _resized(array, size):
             return array[i].reshape(size, size, -1)
         return _square(TF.to_pil_image(array[i]), size)
 
-    return Made(image)
-
-
-def _cropped(data, size, *box):
-    """A torchvision dataset -> images (size, size, 3), of the box (top, left, height, width)."""
-    def image(i):
-        picture, _ = data[i]
-        return _square(TF.crop(picture, *box) if box else picture, size)
-
-    return Made(image)
+    channels = 1 if array.ndim == 3 else array.shape[3]
+    return Made(image, (len(array), size, size, channels))
 
 
 def _download(dataset, **arguments):
@@ -264,8 +366,19 @@ def _download(dataset, **arguments):
     try:
         return dataset(download=True, **arguments)
     except Exception as error:  # the network, archives and helpers each raise their own kinds
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"downloading {name} to {arguments['root']} failed: {reason[0]}") from None
+        raise UserError(f"downloading {name} to {arguments['root']}, or reading it there, failed: "
+                        f"{_reason(error)}") from None
+
+
+def _require_whole(name, splits, data_dir):
+    """UserError if a dataset of COUNTS has other counts, as where unpacking was interrupted."""
+    if name in COUNTS:
+        *expected, folder = COUNTS[name]
+        found = [images.shape[0] for images, _ in splits.values()]
+        if found != expected:
+            raise UserError(f"{name} has {found[0]:,} training and {found[1]:,} test images here; "
+                            f"{expected[0]:,} and {expected[1]:,} are expected. Delete "
+                            f"{data_dir / folder} and start again")
 
 
 def _mnist_splits(data_dir, size):
@@ -277,7 +390,7 @@ def _mnist_splits(data_dir, size):
         images = data.data.numpy()
         if size == 32:
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-        splits[split] = len(images), _resized(images, size), data.targets
+        splits[split] = _resized(images, size), data.targets
     return splits
 
 
@@ -286,7 +399,7 @@ def _cifar10_splits(data_dir, size):
     for split in ("train", "test"):
         data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads",
                          train=split == "train")
-        splits[split] = len(data.data), _resized(data.data, size), data.targets
+        splits[split] = _resized(data.data, size), data.targets
     return splits
 
 
@@ -296,21 +409,19 @@ def _stl10_splits(data_dir, size):
     for split, parts in (("train", "train+unlabeled"), ("test", "test")):
         data = _download(torchvision.datasets.STL10, root=data_dir / "downloads", split=parts)
         images = data.data.transpose(0, 2, 3, 1)
-        splits[split] = len(images), _resized(images, size), None
+        splits[split] = _resized(images, size), None
     return splits
 
 
 def _imagenette_splits(data_dir, size):
     """Its validation split is the test set."""
     splits = {}
-    root = data_dir / "downloads"
     for split, part in (("train", "train"), ("test", "val")):
-        if (root / "imagenette2-160").is_dir():  # torchvision < 0.20 refuses to download over it
-            data = torchvision.datasets.Imagenette(root, split=part, size="160px")
-        else:
-            data = _download(torchvision.datasets.Imagenette, root=root, split=part, size="160px")
+        data = _download(torchvision.datasets.Imagenette, root=data_dir / "downloads",
+                         split=part, size="160px")
+        paths = [path for path, _ in data._samples]
         labels = [label for _, label in data._samples]
-        splits[split] = len(data), _cropped(data, size), labels
+        splits[split] = _squares(paths, size), labels
     return splits
 
 
@@ -327,7 +438,9 @@ def _celeba_splits(data_dir, size):
             raise UserError(
                 f"{error}. By hand: put the five list_*.txt and identity_CelebA.txt of its page, "
                 f"and img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}") from None
-        splits[split] = len(data), _cropped(data, size, 40, 15, 148, 148), data.attr
+        paths = [data_dir / "celeba" / "img_align_celeba" / file for file in data.filename]
+        paths = [path for path in paths if path.is_file()]  # all of them, or `_require_whole` ends
+        splits[split] = _squares(paths, size, 40, 15, 148, 148), data.attr
     return splits
 
 
@@ -336,78 +449,128 @@ def _celebahq_splits(data_dir, size):
 
     The paper does not say which 1,000. Where there are not 30,000 it is one in 30.
     """
-    paths = _images_of(data_dir / "celebahq", "CelebA-HQ: the 30,000 images")
+    paths = _images_of(data_dir, "celebahq", "CelebA-HQ: the 30,000 images")
     n_test = max(1, len(paths) // 30)
-    return {"train": (len(paths) - n_test, _squares(paths[:-n_test], size), None),
-            "test": (n_test, _squares(paths[-n_test:], size), None)}
+    return {"train": (_squares(paths[:-n_test], size), None),
+            "test": (_squares(paths[-n_test:], size), None)}
 
 
 def _lsun_splits(data_dir, size):
     """Bedrooms in {data_dir}/lsun, split as any folder."""
-    folder = data_dir / "lsun"
-    _images_of(folder, "LSUN: the bedrooms, exported from its lmdb as JPEG files,")
-    return _folder_splits(folder, size)
+    _images_of(data_dir, "lsun", "LSUN: the bedrooms, exported from its lmdb as JPEG files,")
+    return _folder_splits(data_dir / "lsun", data_dir, size)
 
 
-def _images_of(folder, what):
+def _images_of(data_dir, name, what):
     """The files of a dataset that nobody may pass on. UserError that says what belongs there."""
-    paths = _image_files(folder)
+    folder = data_dir / name
+    paths = _image_files(folder, data_dir)
     if len(paths) < 10:
         raise UserError(f"{what} belong into {folder}, which holds {len(paths)} images")
     return paths
 
 
 def _read(path):
-    """One image file -> RGB PIL image."""
+    """One image file -> RGB PIL image, upright by its EXIF; 16 bits become 8.
+
+    What is transparent becomes white. UserError, which names the file, if it is damaged or has 32
+    bits per channel.
+    """
     try:
-        return default_loader(str(path))
-    except (OSError, SyntaxError, ValueError) as error:  # what decoders raise on broken files
-        raise UserError(f"cannot read the image {path}: {error}") from None
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise ValueError("32 bits have no known range: save it with 8 or 16 per channel")
+            if image.mode.startswith("I"):
+                grey = np.rint(np.asarray(image) / 257)  # 65,535 becomes 255
+                image = Image.fromarray(grey.astype(np.uint8))
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{path} (no image of a known kind)") from None
+    except Exception as error:  # each decoder raises kinds of its own
+        raise UserError(f"{path} ({_reason(error)})") from None
 
 
-def _image_files(folder):
-    """All image files below the folder, in alphabetical order."""
-    files = folder.rglob("*")
-    return sorted(p for p in files if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+def _image_files(folder, data_dir):
+    """All image files below the folder, in alphabetical order; links are followed.
+
+    Left out are hidden names, what other systems keep in @eaDir and __MACOSX, and, where they lie
+    below the folder, runs of these scripts, data_dir and its downloads.
+    """
+    files = []
+    seen = {data_dir.resolve(), (data_dir / "downloads").resolve()} - {folder.resolve()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen or {"config.json", "log.jsonl"} <= set(names):
+            folders.clear()  # so that os.walk goes no deeper, nor in circles
+            continue
+        seen.add(real)
+        folders.sort()  # of two links to one folder always the same is followed
+        for name in list(folders):
+            if name.startswith(".") or name in ("@eaDir", "__MACOSX"):
+                folders.remove(name)
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in IMG_EXTENSIONS and name[0] != "." and path.is_file():
+                files.append(path)
+    return sorted(files)
 
 
-def _folder_key(folder):
-    """A name for the stored form of `folder` that changes when one of its files does."""
-    files = _image_files(folder)
+def _folder_key(folder, data_dir):
+    """A checksum of the names of the images, from `folder` on, and of their sizes in bytes."""
+    files = _image_files(folder, data_dir)
     if len(files) < 10:
         kinds = ", ".join(IMG_EXTENSIONS)
-        raise UserError(f"the folder {folder} holds {len(files)} images ({kinds}); "
+        raise UserError(f"the folder {_printable(folder)} holds {len(files)} images ({kinds}); "
                         "at least 10 are needed")
     checksum = 0
     for path in files:
-        facts = f"{path.resolve()}{path.stat().st_size}{path.stat().st_mtime_ns}"
-        checksum = zlib.crc32(facts.encode(), checksum)
-    return f"{folder.resolve().name}-{checksum:08x}"
+        facts = f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n"
+        checksum = zlib.crc32(facts.encode(errors="backslashreplace"), checksum)
+    return f"{checksum:08x}"
 
 
-def _folder_splits(folder, size):
-    """Its subfolders train/ and test/, else every tenth image, in a fixed random order, is test."""
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        files = {"train": _image_files(folder / "train"), "test": _image_files(folder / "test")}
-        for split, paths in files.items():
+def _folder_splits(folder, data_dir, size):
+    """Its subfolders train/ and test/, else every tenth image, in a fixed random order, is test.
+
+    In place of a test/ that is missing there may be val/, valid/ or validation/.
+    """
+    parts = ("test", "val", "valid", "validation")
+    held_out = [part for part in parts if (folder / part).is_dir()]
+    if (folder / "train").is_dir() and held_out:
+        if held_out[0] != "test":
+            print(f"{_printable(folder)} has no test/: its {held_out[0]}/ is the test set",
+                  flush=True)
+        files = {}
+        for split, part in (("train", "train"), ("test", held_out[0])):
+            paths = _image_files(folder / part, data_dir)
             if len(paths) < 2:
-                raise UserError(f"the folder {folder / split} holds {len(paths)} images; "
-                                "at least 2 are needed")
+                raise UserError(f"the folder {_printable(folder / part)} holds {len(paths)} "
+                                "images; at least 2 are needed")
+            files[split] = paths
     else:
-        paths = _image_files(folder)
+        paths = _image_files(folder, data_dir)
         order = np.random.default_rng(0).permutation(len(paths))
         shuffled = [paths[i] for i in order]
         n_test = len(paths) // 10
         files = {"train": shuffled[n_test:], "test": shuffled[:n_test]}
     splits = {}
     for split, paths in files.items():
-        splits[split] = len(paths), _squares(paths, size), None
+        splits[split] = _squares(paths, size), None
     return splits
 
 
-def _squares(paths, size):
-    """Image files -> images (size, size, 3) uint8."""
-    return Made(lambda i: _square(_read(paths[i]), size))
+def _squares(paths, size, *box):
+    """Image files -> images (size, size, 3) uint8; of a `box`, (top, left, height, width), if any.
+    """
+    def image(i):
+        picture = _read(paths[i])
+        return _square(TF.crop(picture, *box) if box else picture, size)
+
+    return Made(image, (len(paths), size, size, 3))
 
 
 COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90],
@@ -415,8 +578,7 @@ COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90]
 
 
 def _shapes_splits(data_dir, size):
-    return {"train": (20_000, *make_shapes(20_000, size, seed=0)),
-            "test": (2_000, *make_shapes(2_000, size, seed=1))}
+    return {"train": make_shapes(20_000, size, seed=0), "test": make_shapes(2_000, size, seed=1)}
 
 
 def make_shapes(count, size, seed):
@@ -458,7 +620,7 @@ def make_shapes(count, size, seed):
     return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
 
 
-DATASETS = {  # name: side in pixels, function that makes {split: (count, images, labels)}
+DATASETS = {  # name: side in pixels, function that makes {split: (images, labels)}
     "shapes": (32, _shapes_splits),
     "mnist": (32, _mnist_splits),
     "cifar10": (32, _cifar10_splits),
@@ -467,6 +629,14 @@ DATASETS = {  # name: side in pixels, function that makes {split: (count, images
     "celeba": (64, _celeba_splits),
     "celebahq": (256, _celebahq_splits),
     "lsun": (128, _lsun_splits),
+}
+
+COUNTS = {  # name: training images, test images, and the folder in data_dir that they come from
+    "mnist": (60_000, 10_000, "downloads/MNIST"),
+    "cifar10": (50_000, 10_000, "downloads/cifar-10-batches-py"),
+    "stl10": (105_000, 8_000, "downloads/stl10_binary"),
+    "imagenette": (9_469, 3_925, "downloads/imagenette2-160"),
+    "celeba": (162_770, 19_962, "celeba/img_align_celeba"),
 }
 
 POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
@@ -503,7 +673,7 @@ def load_points(name):
     for seed, count in enumerate((102_400, 10_000, 10_000)):
         points = 127.5 * (make_points(name, count, seed) + 1)
         splits.append(points.astype(np.float32).reshape(-1, 1, 1, 2))
-    return Images(name, 1, *splits, labels=None, augment=False)
+    return Images(name, 1, *splits, labels=None, augment=False, key=name)
 
 
 class Batches:
@@ -813,8 +983,12 @@ def log_mean_exp(log_w, dim=0):
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB, per image: two (B, C, H, W) in [-1, 1] -> (B,)."""
-    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
+    """Peak signal-to-noise ratio in dB, per image: two (B, C, H, W) in [-1, 1] -> (B,).
+
+    At most 100, which equal images have: averages stay finite.
+    """
+    error = (x - y).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
 def mean_terms(model, batches):
@@ -859,13 +1033,19 @@ def importance_weighted(model, batches, samples, dims):
             "iw_images": len(bpd), "iw_elbo_bpd": elbo_bpd.mean().item()}
 
 
-def seconds_to_sample(model, n, runs=10):
-    """Seconds to sample n images: the mean of `runs`, after one to warm up (Table 2: n = 100)."""
+def seconds_to_sample(model, n, runs=10, limit=10):
+    """Seconds to sample n images, after one time to warm up (Table 2: n = 100).
+
+    The mean of `runs` times, or of as many as begin within `limit` seconds.
+    """
+    print(f"timing samples, {n} at once", flush=True)
     model.sample(n).cpu()
     start = time.perf_counter()
-    for _ in range(runs):
+    done = 0
+    while done < runs and (done == 0 or time.perf_counter() < start + limit):
         model.sample(n).cpu()  # waits for the device
-    return (time.perf_counter() - start) / runs
+        done += 1
+    return (time.perf_counter() - start) / done
 
 
 def linear_probe(train, train_labels, test, test_labels, epochs=20):
@@ -1239,6 +1419,37 @@ def require_finite(model, step):
                                      "the last checkpoint, if any, is kept")
 
 
+def to_json(values, indent=None):
+    """{name: value} as JSON, which has no infinity and no NaN: such a number becomes null."""
+    stored = {}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        stored[name] = value
+    return json.dumps(stored, indent=indent, allow_nan=False)
+
+
+def append_line(path, line):
+    """Append a line to a file. One that was cut short there, as by a full disk, is ended first."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
+def read_log(path):
+    """log.jsonl -> its rows, dicts; a line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def log_row(folder, state, split, values, dims=None, ending=""):
     """Append {"step", "split", **values, "seconds"} to log.jsonl, and print it as one line.
 
@@ -1254,8 +1465,7 @@ def log_row(folder, state, split, values, dims=None, ending=""):
         values = {"bpd": bpd, **values}
     row = {"step": state["step"], "split": split, **values, "seconds": state["seconds"]}
     if processes()[0] == 0:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(folder / "log.jsonl", to_json(row))
         print(f"step {state['step']}  {split}  {text}{ending}", flush=True)
 
 
@@ -1287,7 +1497,7 @@ def write_results(folder, results, table=None):
     for row, numbers in (table or {}).items():
         for column, number in numbers.items():
             stored[f"{row}_{column}"] = number
-    (folder / "results.json").write_text(json.dumps(stored, indent=1))
+    (folder / "results.json").write_text(to_json(stored, indent=1), encoding="utf-8")
     for name, value in results.items():
         print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value}")
     if table:
@@ -1303,10 +1513,7 @@ def draw_curves(folder, names=None):
     By default all that is logged, counts of images apart. A step that stands there twice, as a run
     was resumed from before it, has its later line.
     """
-    records = []
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        if line.endswith("}"):  # else it was cut short as the process was killed
-            records.append(json.loads(line))
+    records = read_log(folder / "log.jsonl")
     if names is None:
         names = []
         for name in dict.fromkeys(name for record in records for name in record):
@@ -1350,7 +1557,7 @@ def choose_device(cfg):
             cfg.device = "cuda"
         elif torch.backends.mps.is_available():
             cfg.device = "mps"
-    if cfg.device == "cuda" and "LOCAL_RANK" in os.environ:
+    if cfg.device == "cuda" and by_torchrun():
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU for each process
     try:
         torch.empty(0, device=cfg.device)
@@ -1370,18 +1577,23 @@ def choose_device(cfg):
     join_processes(cfg.device)
 
 
+def by_torchrun():
+    """Whether torchrun started this process. A LOCAL_RANK alone may be left over in the shell."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def join_processes(device):
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs.
 
     All but the first fall silent.
     """
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if by_torchrun() and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group(timeout=timedelta(days=1))  # the first has to evaluate
         atexit.register(dist.destroy_process_group)
         if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def processes():

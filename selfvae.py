@@ -28,7 +28,6 @@ Derivation, logged terms, differences from the paper: docs/selfvae.md. Results: 
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -51,8 +50,8 @@ from common import (
     INCEPTION_URL, Batches, Dmol, InceptionFeatures, UserError, barrier, bits_per_dim,
     choose_device, dmol_channels, draw_curves, from_uint8, importance_weighted, inception_metrics,
     load_images, load_network, log_row, log_training, mean_terms, processes, psnr, quantize,
-    reference_statistics, require_finite, sample_batches, seconds_to_sample, seed_noise, to_uint8,
-    write_results)
+    reference_statistics, require_finite, sample_batches, seconds_to_sample, seed_noise, to_json,
+    to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ class Config:
     """The flags. Defaults are the paper's; where it is silent, the released code's."""
 
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
-                        "lsun, or a folder", fixed=True)
+                        "lsun, or a folder")
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
@@ -90,7 +89,7 @@ class Config:
                      fixed=True, low=0)
     cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
                            fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0)
+    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on", choices=("auto", "fp32", "bf16"))
@@ -161,7 +160,8 @@ def data_dependent_init(model, forward):
         if output.shape[2:] == (1, 1):
             return output
         sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
-        ratio = layer.initial_sd / sd.clamp(min=1e-4)
+        # A channel without spread, of black images say, tells nothing of its length.
+        ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
         g = layer.parametrizations.weight.original0
         g.mul_(ratio.view_as(g))
         layer.bias.sub_(mean).mul_(ratio)
@@ -1050,7 +1050,7 @@ def train(cfg, model, images, folder, checkpoint):
     total = cfg.steps or cfg.epochs * data.per_epoch
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7)  # as released, eps too
     if checkpoint is None:
-        state = start_run(cfg, folder)
+        state = start_run(cfg, folder, images)
         model.initialize(data.batch(0))
     else:
         state = restore(checkpoint, model, optimizer)
@@ -1411,11 +1411,12 @@ def holds_a_run(folder):
                      "it, --name NAME starts another")
 
 
-def start_run(cfg, folder):
+def start_run(cfg, folder, images):
     """Make the folder of a new run, with config.json, which no other has -> the run's state.
 
-    "seconds" is the time that "step" steps took, "best" the lowest validation score. "start" and
-    "saved" are times on the clock: when training began, plus all pauses, and of the last save.
+    "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
+    which images these are. "start" and "saved" are times on the clock: when training began, plus
+    all pauses, and of the last save.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
@@ -1428,17 +1429,42 @@ def start_run(cfg, folder):
                 file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
         except FileExistsError:  # of a run that was started at the same time
             raise holds_a_run(folder) from None
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "start": time.perf_counter(),
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": data_of(images),
+            "start": time.perf_counter(),
             "saved": -math.inf}  # so last.pt is saved at the first progress line
+
+
+def data_of(images):
+    """What a run remembers of its images, to know them again wherever they are kept: a string."""
+    n_train = len(images.train) + len(images.valid)
+    return f"{n_train} for training, {len(images.test)} for the test ({images.key})"
+
+
+def require_same_images(checkpoint, images):
+    """UserError if these are not the images of the checkpoint's run: another set, another split."""
+    theirs = checkpoint["state"].get("data")  # a run may be older than this
+    ours = data_of(images)
+    if theirs not in (None, ours):
+        raise UserError(f"this run's images were {theirs}, and now they are {ours}: among the test "
+                        "images there may be some that it was trained on")
 
 
 def restore(checkpoint, model, optimizer):
     """Load a checkpoint -> the run's state, with its clock running again."""
-    model.load_state_dict(checkpoint["model"])
+    load_weights(checkpoint, model)
     optimizer.load_state_dict(checkpoint["optimizer"])
     now = time.perf_counter()
     state = checkpoint["state"]
     return {**state, "start": now - state["seconds"], "saved": now}
+
+
+def load_weights(checkpoint, model):
+    """Load a checkpoint's parameters; UserError if they are another model's."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError, AttributeError, TypeError):
+        raise UserError(f"the checkpoint's parameters are not those of this {SCRIPT}.py with the "
+                        "run's flags: it is of another version, or damaged") from None
 
 
 def load_checkpoint(folder, best):
@@ -1466,9 +1492,15 @@ def save(path, cfg, model, optimizer, state):
     require_finite(model, state["step"])
     if processes()[0] == 0:
         aside = path.with_suffix(".tmp")
-        torch.save({"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict()}, aside)
-        os.replace(aside, path)
+        checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
+                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        try:
+            with open(aside, "wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(aside, path)
+        except OSError:  # the disk may be full
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def autocast(cfg):
@@ -1529,8 +1561,9 @@ def main(Model, argv=None):
             train(cfg, model, images, folder, checkpoint)
             barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
-        model.load_state_dict(checkpoint["model"])
+        load_weights(checkpoint, model)
         if processes()[0] == 0:
+            print(f"evaluating the model of step {checkpoint['state']['step']}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")
@@ -1544,4 +1577,6 @@ def main(Model, argv=None):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a console may not know every letter
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main(SelfVAE))

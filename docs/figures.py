@@ -41,7 +41,7 @@ LOGS = Path(__file__).resolve().parent / "logs"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (  # noqa: E402 (needs the path above)
-    Batches, Dmol, from_uint8, load_images, log_mean_exp)
+    Batches, Dmol, from_uint8, load_images, log_mean_exp, read_log)
 import dcvae  # noqa: E402
 from realnvp import Couplings, mlp  # noqa: E402
 import selfvae  # noqa: E402
@@ -400,10 +400,11 @@ def race(batch_size=8):
         paths = sorted(LOGS.glob(f"{name}-s[0-9]-log.jsonl"))
         if not paths:
             continue
-        results = json.loads(Path(str(paths[-1]).replace("log.jsonl", "results.json")).read_text())
+        path = Path(str(paths[-1]).replace("log.jsonl", "results.json"))
+        results = json.loads(path.read_text(encoding="utf-8"))
         minutes = results["core_minutes"] / results["step"]
         for path in paths:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = read_log(path)
             if rows[-1]["split"] == "valid":
                 del rows[-2]  # the mean of less than 250 steps
             for split, style in (("train", "-"), ("valid", "x")):

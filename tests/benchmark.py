@@ -17,7 +17,6 @@ Each train step is measured in a process of its own.
 """
 
 import contextlib
-import importlib
 import json
 import math
 import resource
@@ -163,7 +162,7 @@ def game_seconds(cfg, side, steps, counter):
             dcvae.train(cfg, model, images, Path(folder), None)
         cfg.steps = steps + 1
         dcvae.train(cfg, model, images, Path(folder), None)
-        lines = Path(folder, "log.jsonl").read_text().splitlines()
+        lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
     return (seconds[steps] - seconds[0]) / steps
 
@@ -171,7 +170,7 @@ def game_seconds(cfg, side, steps, counter):
 def step(*case):
     """`measure` in a process of its own -> its row, printed too."""
     command = [sys.executable, __file__, "step", *map(str, case)]
-    row = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    row = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
     print(row, flush=True)
     return row
 

@@ -31,8 +31,8 @@ def main(out, *folders):
     figure = Figure(figsize=(10, 0.7 * (len(folders) + 1.2)), layout="constrained")
     panels = figure.subplots(len(folders) + 1, 2, squeeze=False)
     for i, folder in enumerate(map(Path, folders), 1):
-        cfg = json.loads((folder / "config.json").read_text())
-        results = json.loads((folder / "results.json").read_text())
+        cfg = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         reconstructions = matplotlib.image.imread(folder / "reconstructions" / "test.png")
         samples = matplotlib.image.imread(folder / "samples" / "test.png")
         if i == 1:

@@ -135,7 +135,7 @@ def grades(request):
     process = None
     if GRADED in names:
         command = [sys.executable, ROOT / "tests" / "exercises.py", "grade"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
 
     def printed():
         return process.communicate()[0]

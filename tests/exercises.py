@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def exercises():
     """docs/exercises.md -> {number: ([(file, function)], [(test file, test)])}."""
-    page = (ROOT / "docs" / "exercises.md").read_text().split("\n## Open")[0]
+    page = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8").split("\n## Open")[0]
     _, *parts = re.split(r"^## Exercise (\d+)", page, flags=re.M)
     found = {}
     for number, text in zip(parts[::2], parts[1::2]):
@@ -96,7 +96,8 @@ def empty(functions, root, number):
     """Empty [(file, function)] of an exercise in the tree `root`."""
     for file, name in functions:
         path = root / file
-        path.write_text(emptied(path.read_text(), name, message_of(number, name)))
+        source = path.read_text(encoding="utf-8")
+        path.write_text(emptied(source, name, message_of(number, name)), encoding="utf-8")
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def main(words):
             for file, name in functions:
                 committed = committed_source(file)
                 if file not in sources:
-                    sources[file] = (ROOT / file).read_text()
+                    sources[file] = (ROOT / file).read_text(encoding="utf-8")
                 sources[file] = rewritten(sources[file], committed, file, name, number, solution)
                 state = "that of the last commit again" if solution else "yours to write"
                 told.append(f"exercise {number}: {file}: {name} is {state}")
@@ -128,14 +129,15 @@ def main(words):
         print(error, file=sys.stderr)
         return 2
     for file, source in sources.items():
-        (ROOT / file).write_text(source)
+        (ROOT / file).write_text(source, encoding="utf-8")
     print("\n".join(told))
     return 0
 
 
 def committed_source(file):
     """The source of `file` in the last commit; ValueError if it is in none."""
-    show = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True)
+    show = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True,
+                          encoding="utf-8")
     if show.returncode:
         raise ValueError(f"{file} is in no git commit: this is for a clone")
     return show.stdout
@@ -223,7 +225,9 @@ def grade():
                 os.waitpid(running.pop(0), 0)
         for process in running:
             os.waitpid(process, 0)
-        outcomes = [json.loads((tree / "outcomes.json").read_text()) for tree in copies]
+        outcomes = []
+        for tree in copies:
+            outcomes.append(json.loads((tree / "outcomes.json").read_text(encoding="utf-8")))
     print(json.dumps(outcomes))
 
 
@@ -255,7 +259,7 @@ def grade_copy(tree, without, numbers):
     pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", "-k", keywords, *sorted(files)],
                 plugins=[outcomes])
     stored = {name: sorted(of_test) for name, of_test in outcomes.of.items()}
-    (tree / "outcomes.json").write_text(json.dumps(stored))
+    (tree / "outcomes.json").write_text(json.dumps(stored), encoding="utf-8")
 
 
 if __name__ == "__main__":

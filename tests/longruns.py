@@ -24,6 +24,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import read_log  # noqa: E402 (needs the path above)
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 LOGS = ROOT / "docs" / "logs"
@@ -89,7 +93,7 @@ def run(name):
         command.append("--resume")
     print(" ".join(command[1:]), flush=True)
     RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f"{name}.txt", "a") as output:
+    with open(RUNS / f"{name}.txt", "a", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"},
                                    preexec_fn=lambda: os.nice(10))
@@ -100,15 +104,15 @@ def run(name):
     if not folder.exists():
         return
     used = folder / "core_seconds.txt"
-    before = float(used.read_text()) if used.exists() else 0
-    used.write_text(f"{before + usage.ru_utime + usage.ru_stime:.0f}\n")
+    before = float(used.read_text(encoding="utf-8")) if used.exists() else 0
+    used.write_text(f"{before + usage.ru_utime + usage.ru_stime:.0f}\n", encoding="utf-8")
 
 
 def rows_of(path):
     """The rows of a log.jsonl, none if there is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_log(path)
 
 
 def progress(name):
@@ -131,12 +135,13 @@ def keep(name):
     folder = RUNS / name
     if not (folder / "results.json").exists():
         return
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     used = folder / "core_seconds.txt"
     if used.exists():
-        results["core_minutes"] = float(used.read_text()) / 60
+        results["core_minutes"] = float(used.read_text(encoding="utf-8")) / 60
     results["command"] = f"python {COMMANDS[name]} --name {name}"
-    (LOGS / f"{name}-results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = json.dumps(results, indent=1) + "\n"
+    (LOGS / f"{name}-results.json").write_text(text, encoding="utf-8")
     shutil.copy(folder / "log.jsonl", LOGS / f"{name}-log.jsonl")
     print(f"kept {name}")
 
@@ -162,7 +167,7 @@ def weights(name):
     torch.save({"script": checkpoint["script"], "config": checkpoint["config"],
                 "state": checkpoint["state"], "model": model}, path)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    commit = json.loads((folder / "config.json").read_text())["commit"][:7]
+    commit = json.loads((folder / "config.json").read_text(encoding="utf-8"))["commit"][:7]
     print(f"| {name} | `python {COMMANDS[name]} --name {name}` | {commit} "
           f"| {path.stat().st_size / 1e6:.2f} | {sha} |")
 
@@ -223,7 +228,8 @@ def print_table(names, columns, row):
     for name in names:
         path = LOGS / f"{name}-results.json"
         if path.exists():
-            cells = row(json.loads(path.read_text()), rows_of(LOGS / f"{name}-log.jsonl"))
+            results = json.loads(path.read_text(encoding="utf-8"))
+            cells = row(results, rows_of(LOGS / f"{name}-log.jsonl"))
             print(f"| {name} | " + " | ".join(cells) + " |")
     print()
 

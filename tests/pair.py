@@ -87,7 +87,7 @@ def plain(folder):
         def no_noise(*numbers):
             """The first call comes after the networks and the queue are made."""
             seed_noise(*numbers)
-            with open(folder / f"seeds-{common.processes()[0]}", "a") as file:
+            with open(folder / f"seeds-{common.processes()[0]}", "a", encoding="utf-8") as file:
                 file.write(json.dumps(numbers) + "\n")
             spectral_norm = torch.nn.utils.parametrizations._SpectralNorm
             patch.setattr(spectral_norm, "_power_method", nothing)
@@ -126,4 +126,4 @@ def main(lines):
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 
 import dcvae
-from common import Images, UserError, from_uint8, quantize, to_uint8
+from common import Images, UserError, from_uint8, quantize, read_log, to_uint8
 from conftest import count, seeded
 from dcvae import (
     BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, autoencoder_gan,
@@ -846,7 +846,7 @@ def test_growing_takes_half_of_the_steps_by_default(tmp_path):
     images = Images("noise", 16, pixels[:32], pixels[32:], pixels[32:], None, False)
     dcvae.train(cfg, DCVAE(cfg, (3, 16, 16)), images, tmp_path, None)
     assert cfg.phase_steps == 2
-    assert json.loads((tmp_path / "config.json").read_text())["phase_steps"] == 2
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["phase_steps"] == 2
 
 
 # ---- The game ------------------------------------------------------------------------------------
@@ -943,7 +943,7 @@ def test_vae_learns(tmp_path):
     assert means == {name: values.mean() for name, values in terms.items()}
 
     play(tmp_path, loss="vae")
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "log.jsonl")
     assert list(rows[0]) == ["step", "split", "pixel", "kl", "seconds"]
 
 

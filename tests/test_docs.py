@@ -26,7 +26,7 @@ from exercises import definition, emptied, exercises, lines_of, trees
 from test_agreements import MARK, PAGES, PYTHON, SOURCES, commands
 from test_runs import cut_short, nothing
 
-TEXTS = {page.name: page.read_text() for page in PAGES}
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
 
 
@@ -34,7 +34,7 @@ def all_tests():
     """{(test file, test)} of what is in tests/."""
     found = set()
     for path in (ROOT / "tests").glob("test_*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
                 found.add((path.name, node.name))
     return found
@@ -83,7 +83,7 @@ def test_every_definition_named_in_the_docs_exists():
             if page == "errata.md" and file in RELEASED:
                 continue
             folder = "tests/" if file.startswith("test_") else ""
-            source = (ROOT / f"{folder}{file}").read_text()
+            source = (ROOT / f"{folder}{file}").read_text(encoding="utf-8")
             constant = re.search(rf"^{name}\b.* = ", source, re.M)
             assert definition(source, name) or constant, f"{page}: {file}: {name}"
 
@@ -380,7 +380,7 @@ def anchors(text):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for link in links:
         if link.startswith("http"):
@@ -388,7 +388,8 @@ def test_links_resolve(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path) if path else page
         assert target.exists(), f"{page.name}: {link}"
-        assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+        text = target.read_text(encoding="utf-8") if anchor else ""
+        assert not anchor or anchor in anchors(text), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -596,7 +597,7 @@ def test_commands_of_the_readme_go_on(line, first_runs, tmp_path, monkeypatch):
     shutil.copytree(first_runs / script / "first", tmp_path / "first")
     here = ["--out_dir", str(tmp_path), "--name", "first", "--steps", "3"]
     assert call(script, [*words, *here]) == 0
-    log = (tmp_path / "first" / "log.jsonl").read_text().splitlines()
+    log = (tmp_path / "first" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     wanted = 3 if "--resume" in words else 2
     assert json.loads(log[-1])["step"] == wanted
 
@@ -720,14 +721,14 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     for file in ("common.py", "selfvae.py", "tests/exercises.py", "docs/exercises.md"):
         shutil.copy(ROOT / file, tmp_path / file)
     path = tmp_path / "common.py"
-    ours = path.read_text()
+    ours = path.read_text(encoding="utf-8")
 
     def shell(line):
         line = line.replace("python", sys.executable)
-        return subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, encoding="utf-8")
 
     def emptied_functions():
-        return path.read_text().count("raise NotImplementedError")
+        return path.read_text(encoding="utf-8").count("raise NotImplementedError")
 
     committed = shell("git init -q && git add . && "
                       "git -c user.name=a -c user.email=a commit -qm one")
@@ -735,21 +736,22 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     assert shell("python tests/exercises.py 1 4").returncode == 0
     assert emptied_functions() == 3  # exercise 4 has two here, and one in selfvae.py
     raised = "raise NotImplementedError('exercise 1: log_mean_exp')"
-    mine = path.read_text().replace(raised, "return 'mine'")
-    path.write_text(mine)
+    mine = path.read_text(encoding="utf-8").replace(raised, "return 'mine'")
+    path.write_text(mine, encoding="utf-8")
     refused = shell("python tests/exercises.py 1")
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1 and "log_mean_exp" in refused.stderr
-    assert path.read_text() == mine
+    assert path.read_text(encoding="utf-8") == mine
     assert shell("python tests/exercises.py 4 --solution").returncode == 0
     assert emptied_functions() == 0
-    assert "return 'mine'" in path.read_text()
+    assert "return 'mine'" in path.read_text(encoding="utf-8")
     assert shell("python tests/exercises.py 1 --solution").returncode == 0
-    assert path.read_text() == ours
+    assert path.read_text(encoding="utf-8") == ours
     for words, told in (("99", "--solution"), ("", "--solution"), ("1 2", "realnvp.py")):
         refused = shell(f"python tests/exercises.py {words}")
         assert refused.returncode == 2 and told in refused.stderr
-        assert path.read_text() == ours  # 2 is of a file that is not here: 1 is left alone too
-    path.write_text(ours.replace("def log_mean_exp(", "def log_mean_exp(("))
+        # 2 is of a file that is not here: 1 is left alone too.
+        assert path.read_text(encoding="utf-8") == ours
+    path.write_text(ours.replace("def log_mean_exp(", "def log_mean_exp(("), encoding="utf-8")
     refused = shell("python tests/exercises.py 1 --solution")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1

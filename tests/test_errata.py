@@ -221,7 +221,7 @@ def test_every_entry_says_how_to_see_it():
 
     (That the tests named exist: test_docs.py.)
     """
-    page = (ROOT / "docs" / "errata.md").read_text()
+    page = (ROOT / "docs" / "errata.md").read_text(encoding="utf-8")
     entries = 0
     for section in page.split("\n## ")[1:]:
         for entry in re.split(r"\n\d+\. ", section)[1:]:

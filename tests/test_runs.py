@@ -110,7 +110,7 @@ def decoded(path):
 
 def records(folder):
     """The lines of log.jsonl."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return common.read_log(folder / "log.jsonl")
 
 
 def without_seconds(folder):
@@ -122,7 +122,7 @@ def without_seconds(folder):
 
 
 def read_json(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load(path):
@@ -338,7 +338,7 @@ def test_rates_are_in_the_results(finished):
 def test_logged_keys_are_explained(finished):
     """A key in log.jsonl that no page explains is a number without a meaning."""
     script, folder, _, _ = finished
-    page = (ROOT / "docs" / f"{script}.md").read_text()
+    page = (ROOT / "docs" / f"{script}.md").read_text(encoding="utf-8")
     keys = set().union(*records(folder))
     for key in keys:
         general = re.sub("_[0-9]+$", "_k", key)
@@ -612,7 +612,7 @@ def test_ctrl_c_ends_a_run_that_goes_on(tiny_data, tmp_path, training_only):
     program = PROGRAM.format(root=str(ROOT), widths=vae.WIDTHS["small"])
     process = subprocess.Popen(
         [sys.executable, "-c", program, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = tmp_path / "long"
     waited = time.monotonic()
     try:
@@ -881,7 +881,7 @@ def test_folder_of_images(run, pictures, tmp_path):
     """The good case: read once, kept as .npy; the same files are not read again."""
     flags = dict(dataset=pictures, data_dir=tmp_path / "cache", **cheap("vae"))
     assert run("vae", name="once", **flags) == 0
-    results = (tmp_path / "runs" / "once" / "results.json").read_text()
+    results = (tmp_path / "runs" / "once" / "results.json").read_text(encoding="utf-8")
     # A tenth of twelve is one image; it has no spread, but the JSON is valid.
     assert "NaN" not in results and json.loads(results)["iw_images"] == 1
     kept = tree(tmp_path / "cache")

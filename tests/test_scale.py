@@ -29,7 +29,7 @@ def load(path):
 
 def records(folder):
     """The lines of log.jsonl."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return common.read_log(folder / "log.jsonl")
 
 
 def gradients(folder, rank=0):
@@ -93,9 +93,10 @@ def two(tiny_data, tmp_path_factory):
             if script in ("vae", "dcvae"):  # the others are resumed by the same lines
                 line = flags_for(script, tiny_data, runs, name="resumed", resume=True, **cheap)
                 lines.append((script, [*line, "--steps", "4"], None))
-    (folder / "lines.json").write_text(json.dumps(lines))
+    (folder / "lines.json").write_text(json.dumps(lines), encoding="utf-8")
     command = [*TORCHRUN, str(ROOT / "tests" / "pair.py"), str(folder / "lines.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=200)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ONE_THREAD,
+                          timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n[0, 0") == 1  # one process speaks
     return folder
@@ -134,8 +135,8 @@ def test_one_process_writes(two, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_evaluate_as_one(two, script):
     """The first of them does, and the other waits."""
-    ours = json.loads((two / script / "eval" / "results.json").read_text())
-    theirs = json.loads((two / script / "noisy" / "results.json").read_text())
+    ours = json.loads((two / script / "eval" / "results.json").read_text(encoding="utf-8"))
+    theirs = json.loads((two / script / "noisy" / "results.json").read_text(encoding="utf-8"))
     assert_same(ours, theirs, rel=1e-6)
 
 
@@ -161,7 +162,8 @@ def noise_of(*numbers):
 def test_each_process_has_its_own_noise(two, script):
     """In training; what follows from other numbers is other noise."""
     for rank in (0, 1):
-        lines = (two / script / "two-gradients" / f"seeds-{rank}").read_text().splitlines()
+        path = two / script / "two-gradients" / f"seeds-{rank}"
+        lines = path.read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == [[0, 1, rank], [0, 2, rank]]
     different = {noise_of(0, 1, 0), noise_of(0, 1, 1), noise_of(0, 2, 0), noise_of(1, 1, 0)}
     assert len(different) == 4 and noise_of(0, 1, 0) == noise_of(0, 1, 0)
@@ -178,7 +180,8 @@ sys.exit(vae.main(vae.VAE, sys.argv[1:]))
 
 def children_of(process):
     """Process numbers of what a process has started."""
-    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True,
+                           encoding="utf-8").stdout
     pairs = [line.split() for line in table.splitlines()]
     return [int(pid) for pid, parent in pairs if int(parent) == process.pid]
 
@@ -186,10 +189,10 @@ def children_of(process):
 def test_a_lost_process_ends_the_run(tiny_data, tmp_path):
     """Killed as the system kills it when memory runs out: what was saved is whole, nobody hangs."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT)))
+    program.write_text(PROGRAM.format(root=str(ROOT)), encoding="utf-8")
     line = flags_for("vae", tiny_data, tmp_path, name="run", **CHEAP["vae"])
     process = subprocess.Popen([*TORCHRUN, str(program), *line, "--steps", "1000000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                                env=ONE_THREAD)
     try:
         waited = time.monotonic()
