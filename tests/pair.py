@@ -31,7 +31,7 @@ def short(patch):
     import common
     from conftest import SCRIPTS, narrow_networks
     narrow_networks(patch)
-    patch.setattr(common.seconds_to_sample, "__defaults__", (1,))
+    patch.setattr(common.seconds_to_sample, "__defaults__", (1, 0))
     for script in SCRIPTS:
         patch.setattr(f"{script}.save_figures", nothing)
         patch.setattr(f"{script}.draw_curves", nothing)
