@@ -64,8 +64,8 @@ COMMANDS = {
     "cifar10-grayscale-exact": f"selfvae.py --transform grayscale {TRIAL}",
     "cifar10-posterize-exact": f"selfvae.py --transform posterize {TRIAL}",
     "shapes-K1":
-        f"selfvae.py --levels 1 --exact --lr 6e-3 --steps 6000 {SMALL} --cooldown 0.2 "
-        "--batch_size 8 --eval_every 1500 --eval_images 2000 --iw_images 200 --iw_samples 16",
+        f"selfvae.py --size 16 --exact --lr 1e-2 --steps 4000 {SMALL} --cooldown 0.2 "
+        "--batch_size 8 --eval_every 1000 --eval_images 2000 --iw_images 200 --iw_samples 16",
     "cifar10-vae-normal": f"vae.py --prior normal --steps 8000 {CIFAR10}",
     "cifar10-vae-mog": f"vae.py --prior mog --steps 8000 {CIFAR10}",
     "dcvae-cifar10-dcvae": f"dcvae.py --dataset cifar10 --kl_weight 3e-3 {DCVAE}",
