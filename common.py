@@ -17,7 +17,6 @@ import os
 import pickle
 import shutil
 import sys
-import textwrap
 import time
 import warnings
 import zlib
@@ -104,7 +103,7 @@ class Images:
     test: np.ndarray
     labels: dict | None  # {split: uint8 (N,) or (N, columns)}
     augment: bool  # whether training flips and shifts the images
-    key: str = ""  # the set's name; of a folder a checksum, which it keeps when it is moved
+    key: str = ""  # the set's name, or a folder's checksum, which moving the folder does not change
 
     @property
     def shape(self):
@@ -142,7 +141,7 @@ def load_images(name, data_dir, size=None):
     place = data_dir / (name if folder is None else f"{title}-{key}")
     stored = place.with_name(f"{place.name}-{size}")
     if processes()[0] == 0 and not stored.is_dir():
-        with _alone(place.with_name(f"{place.name}.lock")):
+        with _locked(place.with_name(f"{place.name}.lock")):
             if not stored.is_dir():  # else another process has made it meanwhile
                 print(f"preparing {_printable(stored)} (once)", flush=True)
                 splits = splits_of(data_dir, size)
@@ -177,14 +176,15 @@ def _printable(name):
 
 def _reason(error):
     """What an error says, as one line of at most 300 characters; its kind where it says nothing."""
-    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
-def _alone(path):
-    """Context for one process at a time, which locks the file `path`; meanwhile others wait.
+def _locked(path):
+    """Hold the lock file `path`: one process at a time, the others wait.
 
-    The lock ends with its process, however that ends. Without such locks, as on Windows, none wait.
+    The lock ends with its process, however that ends. Where there are no such locks, as on Windows,
+    nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not fcntl:
@@ -195,12 +195,12 @@ def _alone(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("waiting for another process, which prepares the same data", flush=True)
+                print("waiting for another process that is preparing the same data", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # a file system without locks
                 pass
             if os.fstat(file.fileno()).st_nlink == 0:
-                continue  # that process has removed it: others no longer see this lock
+                continue  # removed while we waited: a lock on it keeps nobody out
             try:
                 yield
             finally:
@@ -478,9 +478,12 @@ def _read(path):
     """
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            try:
+                ImageOps.exif_transpose(image, in_place=True)
+            except Exception:  # a damaged EXIF block: the picture itself may be whole
+                pass
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-                raise ValueError("32 bits have no known range: save it with 8 or 16 per channel")
+                raise ValueError("its white level is unknown: save it with 8 or 16 bits")
             if image.mode.startswith("I"):
                 grey = np.rint(np.asarray(image) / 257)  # 65,535 becomes 255
                 image = Image.fromarray(grey.astype(np.uint8))
@@ -520,7 +523,7 @@ def _image_files(folder, data_dir):
 
 
 def _folder_key(folder, data_dir):
-    """A checksum of the names of the images, from `folder` on, and of their sizes in bytes."""
+    """A checksum of the images' paths below `folder`, their sizes, and 256 bytes of each."""
     files = _image_files(folder, data_dir)
     if len(files) < 10:
         kinds = ", ".join(IMG_EXTENSIONS)
@@ -528,8 +531,12 @@ def _folder_key(folder, data_dir):
                         "at least 10 are needed")
     checksum = 0
     for path in files:
-        facts = f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n"
+        size = path.stat().st_size
+        facts = f"{path.relative_to(folder).as_posix()}\n{size}\n"
         checksum = zlib.crc32(facts.encode(errors="backslashreplace"), checksum)
+        with open(path, "rb") as file:
+            file.seek(size // 2)
+            checksum = zlib.crc32(file.read(256), checksum)
     return f"{checksum:08x}"
 
 
@@ -985,7 +992,7 @@ def log_mean_exp(log_w, dim=0):
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB, per image: two (B, C, H, W) in [-1, 1] -> (B,).
 
-    At most 100, which equal images have: averages stay finite.
+    Capped at 100, the value of equal images, so that averages stay finite.
     """
     error = (x - y).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
@@ -1034,17 +1041,17 @@ def importance_weighted(model, batches, samples, dims):
 
 
 def seconds_to_sample(model, n, runs=10, limit=10):
-    """Seconds to sample n images, after one time to warm up (Table 2: n = 100).
+    """Seconds to sample n images, after one warm-up (Table 2: n = 100).
 
     The mean of `runs` times, or of as many as begin within `limit` seconds.
     """
-    print(f"timing samples, {n} at once", flush=True)
+    print(f"timing the sampling of {n} images", flush=True)
     model.sample(n).cpu()
     start = time.perf_counter()
-    done = 0
-    while done < runs and (done == 0 or time.perf_counter() < start + limit):
+    for done in range(1, runs + 1):
         model.sample(n).cpu()  # waits for the device
-        done += 1
+        if time.perf_counter() > start + limit:
+            break
     return (time.perf_counter() - start) / done
 
 
@@ -1430,12 +1437,12 @@ def to_json(values, indent=None):
 
 
 def append_line(path, line):
-    """Append a line to a file. One that was cut short there, as by a full disk, is ended first."""
+    """Append a line to a file. A last line that was cut short, say by a full disk, is ended first.
+    """
     with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")
         file.write(line.encode() + b"\n")
 
 
@@ -1593,7 +1600,7 @@ def join_processes(device):
         dist.init_process_group(timeout=timedelta(days=1))  # the first has to evaluate
         atexit.register(dist.destroy_process_group)
         if dist.get_rank():
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def processes():

@@ -744,6 +744,9 @@ def run_folder(cfg):
 
 def holds_a_run(folder):
     """The UserError for a new run in the folder of another."""
+    if not any(folder.glob("*.pt")):
+        return UserError(f"{folder} holds a run without a checkpoint: delete it, or take another "
+                         "--name")
     return UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval evaluates "
                      "it, --name NAME starts another")
 
@@ -757,7 +760,8 @@ def start_run(cfg, folder, images):
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, encoding="utf-8")  # stdout "" without git
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             encoding="utf-8")  # stdout "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
         folder.mkdir(parents=True, exist_ok=True)
@@ -766,30 +770,37 @@ def start_run(cfg, folder, images):
                 file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
         except FileExistsError:  # of a run that was started at the same time
             raise holds_a_run(folder) from None
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": data_of(images),
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": identity_of(images),
             "start": time.perf_counter(),
             "saved": -math.inf}  # so last.pt is saved at the first progress line
 
 
-def data_of(images):
-    """What a run remembers of its images, to know them again wherever they are kept: a string."""
+def identity_of(images):
+    """What a run remembers of its images, to recognise them wherever they are kept: a string."""
     n_train = len(images.train) + len(images.valid)
     return f"{n_train} for training, {len(images.test)} for the test ({images.key})"
 
 
 def require_same_images(checkpoint, images):
-    """UserError if these are not the images of the checkpoint's run: another set, another split."""
-    theirs = checkpoint["state"].get("data")  # a run may be older than this
-    ours = data_of(images)
-    if theirs not in (None, ours):
-        raise UserError(f"this run's images were {theirs}, and now they are {ours}: among the test "
-                        "images there may be some that it was trained on")
+    """UserError if these are not the images of the checkpoint's run: another set, another split.
+
+    Of an older run, which did not note its images, the name of the set is compared.
+    """
+    theirs = checkpoint["state"].get("data", checkpoint["config"]["dataset"])
+    ours = identity_of(images)
+    if theirs not in (ours, images.key):
+        raise UserError(f"this run's images were {theirs}; now they are {ours}, and it may have "
+                        "been trained on some of its test images: take another --name")
 
 
 def restore(checkpoint, model, optimizer):
     """Load a checkpoint -> the run's state, with its clock running again."""
     load_weights(checkpoint, model)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError("the checkpoint is without its optimizer's state, or with another one's: "
+                        "--eval can evaluate it") from None
     now = time.perf_counter()
     state = checkpoint["state"]
     return {**state, "start": now - state["seconds"], "saved": now}
@@ -812,9 +823,13 @@ def load_checkpoint(folder, best):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
+        for part in ("config", "state", "model"):
+            dict(checkpoint[part])
     except FileNotFoundError:
         raise UserError(f"there is no {path} to go on from or to evaluate") from None
-    except Exception:  # whatever unpickling what is broken may raise
+    except (PermissionError, IsADirectoryError):
+        raise
+    except Exception:  # whatever reading what is broken may raise
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
@@ -832,10 +847,10 @@ def save(path, cfg, model, optimizer, state):
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         try:
-            with open(aside, "wb") as file:
+            with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
                 torch.save(checkpoint, file)
             os.replace(aside, path)
-        except OSError:  # the disk may be full
+        except OSError:
             aside.unlink(missing_ok=True)
             raise
 
@@ -914,6 +929,7 @@ def main(Model, argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a console may not know every letter
-        stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console's encoding may lack some characters
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(RealNVP))

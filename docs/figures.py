@@ -386,7 +386,8 @@ def sides(run):
 # ---- race ----------------------------------------------------------------------------------------
 
 RACERS = {"imagenette-vae-block1": "VAE", "imagenette-K2-block1": "K = 2",
-          "imagenette-K2-block2-all": "K = 2, blocks of 2x2", "imagenette-K2-exact": "K = 2, --exact"}
+          "imagenette-K2-block2-all": "K = 2, blocks of 2x2",
+          "imagenette-K2-exact": "K = 2, --exact"}
 
 
 def race(batch_size=8):

@@ -88,13 +88,24 @@ def test_a_run_knows_its_images(run, pictures, tmp_path, capsys):
         error = one_line(capsys)
         assert "18 for training, 2 for the test" in error
         assert "19 for training, 2 for the test" in error
-
-
-def test_another_dataset_is_refused(run, capsys):
-    assert run("vae", name="a") == 0
+    (moved / "another.png").unlink()
+    save_image(torch.zeros(3, 16, 16), moved / "00.png")  # another picture of this name
     capsys.readouterr()
-    assert run("vae", name="a", dataset="mnist", eval=True) == 2
-    assert "this run's images were" in one_line(capsys)
+    assert run("vae", **again, eval=True) == 2
+
+
+def test_another_dataset_is_refused(run, tmp_path, capsys):
+    """Also by a run that is older than the note of its images."""
+    assert run("vae", name="a") == 0
+    (tmp_path / "runs" / "old").mkdir()
+    checkpoint = torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)
+    del checkpoint["state"]["data"]
+    torch.save(checkpoint, tmp_path / "runs" / "old" / "best.pt")
+    for name in ("a", "old"):
+        capsys.readouterr()
+        assert run("vae", name=name, dataset="mnist", eval=True) == 2
+        assert "this run's images were" in one_line(capsys)
+    assert run("vae", name="old", eval=True) == 0
 
 
 # ---- Logs, disks, checkpoints --------------------------------------------------------------------
@@ -141,6 +152,10 @@ def test_any_damage_to_a_checkpoint_is_one_line(run, tmp_path):
         broken = bytearray(whole)
         if i % 3 == 0:
             del broken[rng.integers(len(broken)):]
+            (folder / "last.pt").write_bytes(broken)
+            with pytest.raises(UserError, match="last.pt"):
+                vae.load_checkpoint(folder, best=False)
+            continue
         else:  # the pickle and the directories lie at the two ends
             for _ in range(4):
                 place = rng.integers(3000) * (-1 if i % 3 == 1 else 1)
@@ -207,7 +222,7 @@ def test_timing_says_so_and_ends(capsys):
     model = Slow()
     assert common.seconds_to_sample(model, 7, limit=0) >= 0
     assert model.calls == 2  # once to warm up
-    assert "7 at once" in capsys.readouterr().out
+    assert "sampling of 7 images" in capsys.readouterr().out
     common.seconds_to_sample(model, 7)
     assert model.calls == 2 + 11
 

@@ -116,7 +116,7 @@ def test_of_two_runs_one_prepares_and_the_other_waits(size, monkeypatch, tmp_pat
     assert (done[0].train[:] == 7).all() and done[0].size == size
     out = capsys.readouterr().out
     assert "waiting for another process" in out
-    assert out.count("preparing") == (1 if size == 16 else 2)
+    assert out.count("(once)") == (1 if size == 16 else 2)
 
 
 @pytest.mark.skipif(common.fcntl is None, reason="nobody waits on this system")
@@ -331,7 +331,7 @@ def test_16_bits_become_8(name, tmp_path):
 def test_32_bits_are_refused(dtype, tmp_path):
     """Whether 1 or 255 or something else is white, the file does not say."""
     write(tmp_path / "wide.tif", Image.fromarray(RAMP.astype(dtype)))
-    with pytest.raises(UserError, match="wide.tif .*32 bits"):
+    with pytest.raises(UserError, match="wide.tif .*white level"):
         read(tmp_path / "wide.tif")
 
 
