@@ -123,7 +123,7 @@ def test_a_torn_log_line_is_ended(run, tmp_path):
     assert (tmp_path / "runs" / "a" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["vae", "dcvae"])  # one optimizer, and three
 def test_a_full_disk_leaves_the_last_checkpoint(script, run, tmp_path, monkeypatch, capsys):
     """One line, exit code 2, nothing half written."""
     assert run(script, name="a") == 0
@@ -167,7 +167,7 @@ def test_any_damage_to_a_checkpoint_is_one_line(run, tmp_path):
             assert "last.pt" in str(error)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["vae", "dcvae"])  # one optimizer, and three
 def test_parameters_of_another_model_are_refused(script, run, tmp_path, capsys):
     assert run(script, name="a") == 0
     path = tmp_path / "runs" / "a" / "last.pt"
