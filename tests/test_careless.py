@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from common import UserError, from_uint8, make_shapes, read_log
-from conftest import ROOT, SCRIPTS, call, flags_for, narrow_networks
+from conftest import ROOT, SCRIPTS, narrow_networks
 from torchvision.utils import save_image
 
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
@@ -49,13 +49,13 @@ def test_a_folder_is_claimed_by_one_run(script, tiny_data, tmp_path):
 
 
 def test_a_run_without_its_checkpoints_is_not_overwritten(run, tmp_path, capsys):
-    assert run("vae", name="a") == 0
+    assert run("vae", prior="normal", name="a") == 0
     folder = tmp_path / "runs" / "a"
     for path in folder.glob("*.pt"):
         path.unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     capsys.readouterr()
-    assert run("vae", name="a") == 2
+    assert run("vae", prior="normal", name="a") == 2
     assert "holds a run" in one_line(capsys)
     assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
 
@@ -75,48 +75,48 @@ def pictures(tmp_path):
 
 def test_a_run_knows_its_images(run, pictures, tmp_path, capsys):
     """A folder that has moved is the same data; with an image more it is another split."""
-    assert run("vae", dataset=pictures, data_dir=tmp_path / "data", name="a") == 0
+    assert run("vae", prior="normal", dataset=pictures, data_dir=tmp_path / "data", name="a") == 0
     moved = tmp_path / "elsewhere" / "pictures"
     moved.parent.mkdir()
     shutil.move(pictures, moved)
     again = dict(dataset=moved, data_dir=tmp_path / "data", name="a")
-    assert run("vae", **again, resume=True, steps=3) == 0
+    assert run("vae", prior="normal", **again, resume=True, steps=3) == 0
     shutil.copy(moved / "00.png", moved / "another.png")
     for flags in (dict(resume=True, steps=4), dict(eval=True)):
         capsys.readouterr()
-        assert run("vae", **again, **flags) == 2
+        assert run("vae", prior="normal", **again, **flags) == 2
         error = one_line(capsys)
         assert "18 for training, 2 for the test" in error
         assert "19 for training, 2 for the test" in error
     (moved / "another.png").unlink()
     save_image(torch.zeros(3, 16, 16), moved / "00.png")  # another picture of this name
     capsys.readouterr()
-    assert run("vae", **again, eval=True) == 2
+    assert run("vae", prior="normal", **again, eval=True) == 2
 
 
 def test_another_dataset_is_refused(run, tmp_path, capsys):
     """Also by a run that is older than the note of its images."""
-    assert run("vae", name="a") == 0
+    assert run("vae", prior="normal", name="a") == 0
     (tmp_path / "runs" / "old").mkdir()
     checkpoint = torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)
     del checkpoint["state"]["data"]
     torch.save(checkpoint, tmp_path / "runs" / "old" / "best.pt")
     for name in ("a", "old"):
         capsys.readouterr()
-        assert run("vae", name=name, dataset="mnist", eval=True) == 2
+        assert run("vae", prior="normal", name=name, dataset="mnist", eval=True) == 2
         assert "this run's images were" in one_line(capsys)
-    assert run("vae", name="old", eval=True) == 0
+    assert run("vae", prior="normal", name="old", eval=True) == 0
 
 
 # ---- Logs, disks, checkpoints --------------------------------------------------------------------
 
 def test_a_torn_log_line_is_ended(run, tmp_path):
     """A full disk leaves such a line. The next one does not hang on to it, readers leave it out."""
-    assert run("vae", name="a") == 0
+    assert run("vae", prior="normal", name="a") == 0
     path = tmp_path / "runs" / "a" / "log.jsonl"
     whole = read_log(path)
     path.write_bytes(path.read_bytes()[:-20])
-    assert run("vae", name="a", resume=True, steps=4) == 0
+    assert run("vae", prior="normal", name="a", resume=True, steps=4) == 0
     rows = read_log(path)
     assert rows[:len(whole) - 1] == whole[:-1]
     assert [row["step"] for row in rows[len(whole) - 1:]] == [3, 4, 4]
@@ -229,16 +229,14 @@ def test_timing_says_so_and_ends(capsys):
 
 # ---- Consoles, locales, flags --------------------------------------------------------------------
 
-def test_an_old_console_and_locale(tiny_data, tmp_path):
-    """--help and a run where neither files nor the console are UTF-8 by themselves."""
+def test_an_old_console_and_locale():
+    """--help where the console knows no Unicode. Files are looked at in the next test."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
-              "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    line = flags_for("vae", tiny_data, tmp_path, prior="normal", steps=1)
-    for words in (["--help"], line):
-        done = subprocess.run([sys.executable, ROOT / "vae.py", *words], capture_output=True,
-                              env=os.environ | locale)
-        assert done.returncode == 0, done.stderr
-        done.stdout.decode("ascii")
+              "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, ROOT / "vae.py", "--help"], capture_output=True,
+                          env=os.environ | locale)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.decode("ascii")
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=[path.name for path in PROGRAMS])

@@ -101,7 +101,7 @@ def mixture(interval, y, size=1.0, channels=3, log_scale=None):
 
 
 @pytest.mark.parametrize("size, log_scale", [(1.0, None), (4.0, None), (3.0, -20.0), (3.0, 20.0)])
-@pytest.mark.parametrize("y", [0, 1, 7, 130, 255])
+@pytest.mark.parametrize("y", [0, 7, 130])
 def test_all_colours_of_a_grey_sum_to_one(y, size, log_scale):
     values = torch.arange(256)
     red, green = torch.meshgrid(values, values, indexing="ij")
