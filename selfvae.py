@@ -385,7 +385,7 @@ class InTurn:
 
     def __init__(self, y, features, turns, interval):
         self.y = y  # (B, C, h, w)
-        self.values = to_uint8(y).int()
+        self.y_values = to_uint8(y).int()
         self.features = features  # of z, (B, z_features, h, w)
         self.turns = turns  # the networks
         self.interval = interval
@@ -403,7 +403,7 @@ class InTurn:
         """
         to_come = 4 - len(pixels)
         before = [to_uint8(pixel).int() for pixel in pixels]
-        interval = partial(self.interval, self.values, before)
+        interval = partial(self.interval, self.y_values, before)
         if to_come == 1:
             return Uniform(*interval(None))
         errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
