@@ -25,6 +25,7 @@ from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch.distributions import Categorical, Distribution
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
@@ -751,6 +752,15 @@ class Batches:
         return torch.from_numpy(np.array(self.images[index.numpy()])).to(self.device)
 
 
+def evaluation_batches(images, device, count=None):
+    """`Batches` for evaluation: their size is that of the pictures, whatever training's was.
+
+    2¹⁷ pixels, of which a GPU has enough to do and a laptop the memory, but at most 128 images.
+    """
+    pixels = math.prod(images.shape[1:3])
+    return Batches(images, max(1, min(128, 2**17 // pixels)), device, count=count)
+
+
 def augment(pixels, share=0.05):
     """Random flips, and shifts by up to 5 % of the side: uint8 (B, H, W, C) -> same.
 
@@ -851,16 +861,17 @@ class Dmol:
         mean = torch.stack(means, 1) + shift[:, first:].unsqueeze(2)
         inverse_scale = torch.exp(-self.log_scales[:, first:last])
         value = x[:, first:].unsqueeze(2)
+        bin_of_x = bin_edges(value, value)
         if self.interval is None:
-            return log_mass(value, value, mean, inverse_scale)
+            return log_mass(bin_of_x, mean, inverse_scale)
         low, high = self.limits(x)
         low = low[:, first:last].unsqueeze(2)
         high = high[:, first:last].unsqueeze(2)
-        mean = near(low, high, mean, inverse_scale)
-        log_all = log_mass(low, high, mean, inverse_scale)
-        log_p = log_mass(value, value, mean, inverse_scale) - log_all
-        # Half a step off, so that no rounding decides.
-        outside = (value < low - 1 / 255) | (value > high + 1 / 255)
+        possible = bin_edges(low, high)
+        mean = near(possible, mean, inverse_scale)
+        log_all = log_mass(possible, mean, inverse_scale)
+        log_p = log_mass(bin_of_x, mean, inverse_scale) - log_all
+        outside = (value < possible[0]) | (value > possible[1])  # half a step off the last bins
         return log_p.masked_fill(outside, -math.inf)
 
     def limits(self, x):
@@ -888,7 +899,8 @@ class Dmol:
             low = low[:, this]
             high = high[:, this]
             mean = coupled_mean(c, rest, means, couplings) + shift
-            drawn = draw_logistic(low, high, mean, torch.exp(-log_scales[:, this]))
+            inverse_scale = torch.exp(-log_scales[:, this])
+            drawn = draw_logistic(bin_edges(low, high), mean, inverse_scale)
             # Rounded here: the next is conditioned on the value that this one will have.
             x[:, this] = quantize(drawn).clamp(low, high)
             rest.append(x[:, this] - shift)
@@ -933,42 +945,40 @@ def bin_edges(low, high):
 
     The bin of the lowest pixel value has no lower edge, that of the highest no upper one.
     """
-    lower = torch.where(low < -1 + 1 / 255, -FAR, low - 1 / 255)
-    upper = torch.where(high > 1 - 1 / 255, FAR, high + 1 / 255)
+    lower = (low - 1 / 255).masked_fill(low < -1 + 1 / 255, -FAR)
+    upper = (high + 1 / 255).masked_fill(high > 1 - 1 / 255, FAR)
     return lower, upper
 
 
-def log_mass(low, high, mean, inverse_scale):
-    """log of what a discretized logistic gives to the grid values from `low` to `high`.
+def log_mass(edges, mean, inverse_scale):
+    """log of what a logistic variable gives to the values between two edges, lower and upper.
 
-    With a = (upper edge - μ)/s and b = (lower edge - μ)/s the mass is
-    σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). Its log is a sum of three terms that neither cancel nor
-    underflow, however improbable the values. (PixelCNN++ needs an approximation there.)
+    With a = (upper - μ)/s and b = (lower - μ)/s the mass is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)).
+    Its log is a sum of three terms that neither cancel nor underflow, however improbable the
+    values. (PixelCNN++ needs an approximation there.)
     """
-    lower, upper = bin_edges(low, high)
-    # The width of what lies between the edges, without their rounding where both are finite.
-    width = torch.where(upper - lower > FAR / 2, FAR, high - low + 2 / 255)
-    log_above = -F.softplus((lower - mean) * inverse_scale)  # log σ(-b)
-    log_below = -F.softplus((mean - upper) * inverse_scale)  # log σ(a)
-    log_width = torch.log(-torch.expm1(-width * inverse_scale))  # log(1 - e^(b-a))
+    lower, upper = edges
+    log_above = F.logsigmoid((mean - lower) * inverse_scale)  # log σ(-b)
+    log_below = F.logsigmoid((upper - mean) * inverse_scale)  # log σ(a)
+    log_width = torch.log(-torch.expm1((lower - upper) * inverse_scale))  # log(1 - e^(b-a))
     return log_above + log_below + log_width
 
 
-def near(low, high, mean, inverse_scale):
-    """The mean, moved to within 20 scales of the values from `low` to `high`.
+def near(edges, mean, inverse_scale):
+    """The mean, moved to within 20 scales of the values between two edges.
 
     Further out the restricted logistic is an exponential, on which the mean has no influence: it
-    stays the same to e⁻²⁰. At a larger distance digits would be lost.
+    stays the same to e⁻²⁰, and so does its gradient. At a larger distance digits would be lost.
     """
-    lower, upper = bin_edges(low, high)
-    reach = 20 / inverse_scale
+    lower, upper = edges
+    reach = 20 / inverse_scale.detach()
     return mean.clamp(lower - reach, upper + reach)
 
 
-def draw_logistic(low, high, mean, inverse_scale):
-    """A draw of a logistic variable between the edges of `low` and `high`, by inverting σ."""
-    lower, upper = bin_edges(low, high)
-    mean = near(low, high, mean, inverse_scale)
+def draw_logistic(edges, mean, inverse_scale):
+    """A draw of a logistic variable between two edges, by inverting σ."""
+    lower, upper = edges
+    mean = near(edges, mean, inverse_scale)
     # Mirrored if most of the interval lies above the mean: σ keeps its digits near 0, not near 1.
     sign = torch.where(lower + upper > 2 * mean, -1.0, 1.0)
     from_p = torch.sigmoid(sign * (lower - mean) * inverse_scale)
@@ -998,10 +1008,29 @@ def psnr(x, y):
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
+def progress(what, batches, count):
+    """The batches, one after the other; lines say for what, how far, time spent < time left.
+
+    They hold `count` images. The first line comes after two seconds, the others every ten.
+    """
+    done = 0
+    start = time.perf_counter()
+    next_line = start + 2
+    for x in batches:
+        yield x
+        done += len(x)
+        now = time.perf_counter()
+        if now > next_line and done < count:
+            next_line = now + 10
+            left = (now - start) * (count - done) / done
+            print(f"{what}: {done:,} of {count:,} images  "
+                  f"{clock(now - start)} < {clock(left)}", flush=True)
+
+
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
     sums = {}
-    for x in batches:
+    for x in progress("bound", batches, batches.count):
         for name, values in model.terms(x).items():
             # To the CPU first: mps has no double.
             sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
@@ -1021,18 +1050,11 @@ def importance_weighted(model, batches, samples, dims):
     """
     bounds = []
     plain_bounds = []
-    start = shown = time.perf_counter()
-    for x in batches:
+    what = f"importance-weighted bound, {samples} samples"
+    for x in progress(what, batches, batches.count):
         log_w = model.log_weights(x, samples).cpu().double()  # (S, B)
         bounds.append(log_mean_exp(log_w))
         plain_bounds.append(log_w.mean(0))
-        if time.perf_counter() > shown + 30:
-            shown = time.perf_counter()
-            done = min(len(bounds) * batches.batch_size, batches.count)
-            seconds = shown - start
-            left = seconds * (batches.count - done) / done
-            print(f"importance weighting: {done} of {batches.count} images  "
-                  f"{clock(seconds)} < {clock(left)}", flush=True)
     bpd = bits_per_dim(-torch.cat(bounds), dims)
     elbo_bpd = bits_per_dim(-torch.cat(plain_bounds), dims)
     sd = bpd.std(correction=min(1, len(bpd) - 1)).item()
@@ -1040,12 +1062,12 @@ def importance_weighted(model, batches, samples, dims):
             "iw_images": len(bpd), "iw_elbo_bpd": elbo_bpd.mean().item()}
 
 
-def seconds_to_sample(model, n, runs=10, limit=10):
+def seconds_to_sample(model, n, runs=10, limit=1):
     """Seconds to sample n images, after one warm-up (Table 2: n = 100).
 
     The mean of `runs` times, or of as many as begin within `limit` seconds.
     """
-    print(f"timing the sampling of {n} images", flush=True)
+    print(f"sampling time: {n} images", flush=True)
     model.sample(n).cpu()
     start = time.perf_counter()
     for done in range(1, runs + 1):
@@ -1367,15 +1389,16 @@ def inception_score(probabilities, splits=10):
 
 def sample_batches(model, count, batch_size=100):
     """`count` samples of the model as uint8 batches, each sampled when it is asked for."""
-    for start in range(0, count, batch_size):
-        yield to_uint8(model.sample(min(batch_size, count - start)))
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    samples = (to_uint8(model.sample(size)) for size in sizes)
+    return progress("sampling", samples, count)
 
 
 def reference_statistics(inception, images, device):
     """{split: feature_statistics} of all training images, valid ones included, and of the test."""
     references = {}
     for split, array in (("train", images.train.array), ("test", images.test)):
-        batches = Batches(array, 100, device)
+        batches = progress(f"features, {split}", Batches(array, 100, device), len(array))
         references[split] = feature_statistics(inception, (to_uint8(x) for x in batches))
     return references
 
@@ -1397,6 +1420,57 @@ def inception_metrics(inception, batches, references):
         warnings.warn("FID from fewer than 10,000 images is biased upwards: "
                       "compare it only with FID from as many")
     return results
+
+
+# ---- Sheets: pictures that say what they are -----------------------------------------------------
+
+PICTURE_SIDE = 64  # pixels; smaller pictures are enlarged
+SHEET_BYTES = 300_000
+SHEET_TOP = 38  # pixels for the title, two lines
+GAP = 2  # pixels between pictures
+
+
+def save_sheet(path, title, rows, columns=8):
+    """Save sets of pictures as one PNG, below a title, each row with its name at the left.
+
+    `rows` is {name: images (N, C, H, W) in [-1, 1]}, N the same for all. The first `columns` images
+    of every set make a row each, then come the next of every set. Pixels are true, in pictures
+    below 64 a side enlarged by a whole factor. What would make the file larger than about
+    SHEET_BYTES is left out: rows at the end, and columns down to four. So is an incomplete row.
+    """
+    names = list(rows)
+    count, channels, side, _ = rows[names[0]].shape
+    factor = math.ceil(PICTURE_SIDE / side)
+    columns = min(columns, count)
+    whole = count // columns * columns
+    sets = [images[:whole].unflatten(0, (-1, columns)) for images in rows.values()]
+    pictures = to_uint8(torch.stack(sets, 1))  # (repeats, sets, columns, C, H, W)
+    # PNG makes noise no smaller, and what repeats in an enlarged picture only nearly vanishes.
+    picture_bytes = channels * side**2 * (4 + factor) / 5
+    fitting = int(SHEET_BYTES / picture_bytes / len(names))  # columns, of all repeats together
+    pictures = pictures[:max(1, fitting // columns), :, :max(4, fitting)]
+    pictures = pictures.flatten(0, 1).expand(-1, -1, 3, -1, -1)  # (all rows, columns, 3, H, W)
+    pictures = pictures.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+    pictures = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
+
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
+    step = factor * side + GAP
+    height = SHEET_TOP + len(pictures) * step
+    width = 10 + math.ceil(max(font.getlength(name) for name in names)) + len(pictures[0]) * step
+    for line in title.split("\n"):
+        width = max(width, 10 + math.ceil(font.getlength(line)))
+    left = width - len(pictures[0]) * step
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((5, 4), title, "black", font)
+    for i, row in enumerate(pictures):
+        top = SHEET_TOP + i * step
+        if len(names) > 1 or i == 0:  # the one name of all rows is said once
+            draw.text((left - 5, top + step / 2), names[i % len(names)], "black", font, "rm")
+        for j, picture in enumerate(row):
+            sheet.paste(Image.fromarray(picture), (left + j * step, top))
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
 
 
 # ---- The log: log.jsonl, the console, results.json, curves.png -----------------------------------
@@ -1571,13 +1645,23 @@ def choose_device(cfg):
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
         raise UserError(f"there is no --device {cfg.device} here; take auto or cpu, "
                         "and no more processes than GPUs") from None
-    modern = False  # from Ampere on: computes in bf16, can compile
-    if cfg.device.startswith("cuda"):
-        modern = torch.cuda.get_device_capability(cfg.device) >= (8, 0)
+    on_gpu = cfg.device.startswith("cuda")
+    if on_gpu:
+        has_bf16 = torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # from Ampere on
+    else:  # where a CPU must emulate it, a step takes four times as long
+        has_bf16 = cfg.device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if cfg.dtype == "auto":
-        cfg.dtype = "bf16" if modern else "fp32"
+        cfg.dtype = "bf16" if has_bf16 else "fp32"
+    elif cfg.dtype == "bf16" and not has_bf16:
+        print(f"this {cfg.device} does not compute in bf16: --dtype fp32 is faster here",
+              flush=True)
     if cfg.compile is None:
-        cfg.compile = modern and sys.platform == "linux"
+        cfg.compile = on_gpu and has_bf16 and sys.platform == "linux"
+    # Threads that share a small operation mostly wait for each other, 10,000 times a step, and if
+    # another program has one of the cores, for that program too.
+    small = cfg.small or cfg.dataset in POINTS
+    if cfg.device == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     # oneDNN, which convolves on a CPU, keeps 1,024 compiled operations. Three are needed per layer:
     # a model of more than 340 convolutions would have all of them compiled anew in every step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")

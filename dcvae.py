@@ -46,14 +46,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
-from torchvision.utils import save_image
 
 from common import (
     DATASETS, INCEPTION_URL, VGG_URL, Batches, InceptionFeatures, UserError, VGGFeatures, barrier,
-    choose_device, draw_curves, feature_statistics, gather_batch, inception_metrics, linear_probe,
-    load_images, load_network, log_row, log_training, path_length_metrics, perceptual_distance,
-    pixel_distance, processes, quantize, reference_statistics, require_finite, sample_batches,
-    seconds_to_sample, seed_noise, to_json, to_uint8, write_results)
+    choose_device, draw_curves, evaluation_batches, feature_statistics, gather_batch,
+    inception_metrics, linear_probe, load_images, load_network, log_row, log_training,
+    path_length_metrics, perceptual_distance, pixel_distance, processes, progress, quantize,
+    reference_statistics, require_finite, sample_batches, save_sheet, seconds_to_sample,
+    seed_noise, to_json, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ class Config:
                       fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere on",
-                      choices=("auto", "fp32", "bf16"))
+    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere "
+                      "on and CPUs with AVX512-BF16, else fp32", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
     resume: bool = flag(False, "go on with the run in its folder")
     eval: bool = flag(False, "evaluate the run in its folder, no training")
@@ -1052,14 +1052,14 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
     """
     began = time.perf_counter()
     if processes()[0] == 0:
-        valid = Batches(images.valid, cfg.batch_size, cfg.device, count=cfg.eval_images)
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         with inference(cfg, model):
             row = distances(model, valid)
             if reference:
                 inception, statistics = reference
                 samples = sample_batches(model, min(cfg.fid, valid.count))
                 row |= inception_metrics(inception, samples, {"valid": statistics})
-            save_figures(cfg, model, images.valid, folder, f"{state['step']:06d}")
+            save_figures(cfg, model, images, folder, "valid", state["step"])
         log_row(folder, state, "valid", row)
         draw_curves(folder)
         if row.get("fid_valid", math.inf) < state["best"]:
@@ -1081,7 +1081,7 @@ def evaluate(cfg, model, images, folder, state):
         label_values(cfg, images, "train")  # reports a wrong flag before anything is written
     model.grow(*growth(cfg, images.size, state["step"]))
     with inference(cfg, model):
-        test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
+        test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
         vgg = None
         if cfg.fid:
             vgg = load_network(VGGFeatures, VGG_URL, "perceptual distance", cfg.device)
@@ -1105,10 +1105,10 @@ def evaluate(cfg, model, images, folder, state):
             "step": state["step"], "train_seconds": state["seconds"],
             "device": cfg.device, "dtype": cfg.dtype,
         }
-        save_figures(cfg, model, images.test, folder, "test")
-        save_interpolations(cfg, model, images, folder)
-        save_mixing(cfg, model, images, folder)
-        save_editing(cfg, model, images, folder)
+        save_figures(cfg, model, images, folder, "test", state["step"])
+        save_interpolations(cfg, model, images, folder, state["step"])
+        save_mixing(cfg, model, images, folder, state["step"])
+        save_editing(cfg, model, images, folder, state["step"])
     results |= probe(cfg, model, images)
     write_results(folder, results)
 
@@ -1120,7 +1120,7 @@ def distances(model, batches, vgg=None):
     dimensions in which it is above 0.05 nats (our threshold).
     """
     columns = {"pixel_distance": [], "perceptual_distance": [], "kl": []}
-    for x in batches:
+    for x in progress("distances", batches, batches.count):
         mean, log_var = model.encoder(x)
         z = sample_code(mean, log_var) if model.cfg.draw_code else mean
         x_hat = model.decode(z)
@@ -1195,6 +1195,7 @@ def probe(cfg, model, images):
         labels[split] = label_values(cfg, images, split)[:batches.count].to(cfg.device)
     results = {"probe_images": len(codes["train"])}
     for name, features in (("probe", codes), ("pixels", pixels)):
+        print(f"linear classifier, {name}", flush=True)
         error, half_width = linear_probe(features["train"], labels["train"],
                                          features["test"], labels["test"])
         results[f"{name}_error_percent"] = error
@@ -1203,13 +1204,24 @@ def probe(cfg, model, images):
 
 
 # Changed from vae.py: codes instead of noise
-def save_figures(cfg, model, images, folder, name):
-    """samples/: 64 of them. reconstructions/: rows of x and x̂ in turn."""
-    x = next(iter(Batches(images, 32, cfg.device, count=32)))
-    sampled = f"{name}-clamp.png" if cfg.clamp else f"{name}.png"
-    reconstructed = f"{name}-draw.png" if cfg.draw_code else f"{name}.png"
-    save_grid(folder / "samples" / sampled, model.sample(64))
-    save_grid(folder / "reconstructions" / reconstructed, x, model.reconstruct(x))
+def save_figures(cfg, model, images, folder, split, step):
+    """Sheets of one split's images: samples/, 64 of them; reconstructions/, rows x, x̂."""
+    x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
+    name = "test" if split == "test" else f"{step:06d}"
+    title = sheet_title(cfg, images, split, step)
+    sampled = reconstructed = name
+    prior = "z ~ N(0, 1)"
+    code = "z the mean of q(z|x)"
+    if cfg.clamp:
+        sampled += "-clamp"
+        prior += ", limited to [-1, 1]"
+    if cfg.draw_code:
+        reconstructed += "-draw"
+        code = "z ~ q(z|x)"
+    save_sheet(folder / "samples" / f"{sampled}.png", f"{title}\n{prior}",
+               {"x̃": model.sample(64)})
+    save_sheet(folder / "reconstructions" / f"{reconstructed}.png", f"{title}\n{code}",
+               {"x": x, "x̂": model.reconstruct(x)})
 
 
 def first_images(array, count, device):
@@ -1218,24 +1230,29 @@ def first_images(array, count, device):
     return x[torch.arange(count, device=x.device) % len(x)]
 
 
-def save_interpolations(cfg, model, images, folder):
+def save_interpolations(cfg, model, images, folder, step):
     """interpolations/: each row leads from one test image to another."""
     x = first_images(images.test, 8, cfg.device)
-    rows = model.interpolate(x, x.roll(1, 0))
-    save_grid(folder / "interpolations" / "test.png", rows.flatten(0, 1))
+    lines = model.interpolate(x, x.roll(1, 0))  # (8, 8, C, H, W)
+    save_sheet(folder / "interpolations" / "test.png",
+               f"{sheet_title(cfg, images, 'test', step)}\nfrom one image's code to another's",
+               {"along z": lines.flatten(0, 1)})
 
 
-def save_mixing(cfg, model, images, folder):
+def save_mixing(cfg, model, images, folder, step):
     """mixing/: images on the left, with parts of the codes of those in the top row (Figure 12)."""
     x = first_images(images.test, 16, cfg.device)
     left = x[:7]
     top = x[-7:]
     corner = torch.ones_like(x[:1])
     rows = torch.cat([left.unsqueeze(1), model.mix(left, top)], 1).flatten(0, 1)
-    save_grid(folder / "mixing" / "test.png", torch.cat([corner, top, rows]))
+    save_sheet(folder / "mixing" / "test.png",
+               f"{sheet_title(cfg, images, 'test', step)}\n"
+               "codes of the images at the left, half of each from the image at the top",
+               {"x̂ of mixed z": torch.cat([corner, top, rows])})
 
 
-def save_editing(cfg, model, images, folder):
+def save_editing(cfg, model, images, folder, step):
     """editing/: rows of x, then images at its code plus 0, ½, 1 … 3 times a direction (A.2).
 
     The direction goes from images without --label_value to images with it: the difference of the
@@ -1256,20 +1273,10 @@ def save_editing(cfg, model, images, folder):
     direction = model.encode(with_it).mean(0) - model.encode(without_it).mean(0)
     edited = model.edit(x, direction, [i / 2 for i in range(7)])
     rows = torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1)
-    save_grid(folder / "editing" / f"test-{cfg.label_column}-{value}.png", rows)
-
-
-# Copied from vae.py: save_grid
-def save_grid(path, *images):
-    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
-
-    The first row of each set comes first, then the second of each. An incomplete row is left out.
-    """
-    path.parent.mkdir(exist_ok=True)
-    columns = min(8, len(images[0]))
-    whole = len(images[0]) // columns * columns
-    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)
-    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
+    save_sheet(folder / "editing" / f"test-{cfg.label_column}-{value}.png",
+               f"{sheet_title(cfg, images, 'test', step)}\n"
+               f"x, then its code plus 0, ½, 1 … 3 times the direction to label {value}",
+               {"x̂ of edited z": rows})
 
 
 # --- same in every script -------------------------------------------------------------------------
@@ -1277,6 +1284,7 @@ def save_grid(path, *images):
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
+IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1471,10 +1479,32 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where."""
+    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {processes()[1]} x {cfg.device}, {cfg.dtype}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}")
+    seen = cfg.epochs * len(images.train)
+    if cfg.steps:
+        seen = cfg.steps * cfg.batch_size
+    days = seen / IMAGES_PER_SECOND / 86_400
+    if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
+        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
+              "images/s; --small is the size for a CPU")
+
+
+def device_and_precision(cfg):
+    """-> "cpu, 1 thread, bf16" or the like."""
+    if cfg.device != "cpu":
+        return f"{cfg.device}, {cfg.dtype}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+
+
+def sheet_title(cfg, images, split, step):
+    """The first line of every sheet: the model, the images, the step."""
+    return (f"{SCRIPT}.py {cfg.variant} · {images.name} {images.size}x{images.size}, {split} · "
+            f"step {step:,}")
 
 
 def main(Model, argv=None):
@@ -1505,7 +1535,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=True)
         load_weights(checkpoint, model)
         if processes()[0] == 0:
-            print(f"evaluating the model of step {checkpoint['state']['step']}", flush=True)
+            print(f"evaluating the model of step {checkpoint['state']['step']}; "
+                  f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")

@@ -40,14 +40,13 @@ from torch.distributions import Normal
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached
-from torchvision.utils import save_image
 
 from common import (
     INCEPTION_URL, POINTS, Batches, InceptionFeatures, UserError, barrier, bits_per_dim,
-    choose_device, draw_curves, from_uint8, importance_weighted, inception_metrics, load_images,
-    load_network, log_row, log_training, mean_terms, processes, reference_statistics,
-    require_finite, sample_batches, seconds_to_sample, seed_noise, to_json, to_uint8,
-    write_results)
+    choose_device, draw_curves, evaluation_batches, from_uint8, importance_weighted,
+    inception_metrics, load_images, load_network, log_row, log_training, mean_terms, processes,
+    reference_statistics, require_finite, sample_batches, save_sheet, seconds_to_sample,
+    seed_noise, to_json, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -83,7 +82,8 @@ class Config:
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on", choices=("auto", "fp32", "bf16"))
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
     resume: bool = flag(False, "go on with the run in its folder")
     eval: bool = flag(False, "evaluate the run in its folder, no training")
@@ -205,8 +205,8 @@ class Coupling(nn.Module):
     def s_t(self, z):
         """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        s = self.s_limit * torch.tanh(s)
-        return s * (1 - self.mask), t * (1 - self.mask)
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
 
     def forward(self, z):
         """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
@@ -451,7 +451,7 @@ def train(cfg, model, images, folder, checkpoint):
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, foreach=True)
     penalised = []  # "the weight scale parameters" (section 4.1): weight norm's g, the bound of s
     for name, parameter in model.named_parameters():
         if name.endswith(("original0", "s_limit")):
@@ -523,11 +523,11 @@ def validate(cfg, model, images, folder, optimizer, state):
     """
     began = time.perf_counter()
     if processes()[0] == 0:
-        valid = Batches(images.valid, cfg.batch_size, cfg.device, count=cfg.eval_images)
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         dims = math.prod(images.shape)
         with inference(cfg, model):
             terms = mean_terms(model, valid)
-            save_figures(cfg, model, images.valid, folder, f"{state['step']:06d}")
+            save_figures(cfg, model, images, folder, "valid", state["step"])
         log_row(folder, state, "valid", terms, dims)
         draw_curves(folder, ["bpd"])
         bpd = bits_per_dim(sum(terms.values()), dims)
@@ -547,8 +547,8 @@ def evaluate(cfg, model, images, folder, state):
     They are printed too. The figures are called test.png. `state` is that of the checkpoint.
     """
     dims = math.prod(images.shape)
-    test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
+    iw_test = evaluation_batches(images.test, cfg.device, cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         nats = sum(terms.values())
@@ -571,7 +571,7 @@ def evaluate(cfg, model, images, folder, state):
         }
         if cfg.fid and not model.plane:
             results |= fid(cfg, model, images)
-        save_figures(cfg, model, images.test, folder, "test")
+        save_figures(cfg, model, images, folder, "test", state["step"])
     write_results(folder, results)
 
 
@@ -589,26 +589,33 @@ def fid(cfg, model, images):
 
 
 # Changed from vae.py: temperatures, arcs in v, errors of the inverse; the plane
-def save_figures(cfg, model, images, folder, name):
-    """Figures of what the model draws, by folder; for points `save_plane` in samples/ alone.
+def save_figures(cfg, model, images, folder, split, step):
+    """Sheets of one split's images, by folder; for points `save_plane` in samples/ alone.
 
         samples/            64 at temperature 1, 64 at --temperature
-        reconstructions/    rows x, `inverse_error`, x, …, white where that is largest
-        interpolations/     one a row
+        reconstructions/    rows x, f⁻¹(f(x)); the title has the largest `inverse_error`
+        interpolations/     one a row, along an arc in v
     """
+    name = "test" if split == "test" else f"{step:06d}"
+    pictured = getattr(images, split)
     if model.plane:
-        save_plane(cfg, model, images, folder / "samples" / f"{name}.png")
+        save_plane(cfg, model, pictured, folder / "samples" / f"{name}.png")
         return
-    save_grid(folder / "samples" / f"{name}.png", model.sample(64))
-    if cfg.temperature != 1:
-        path = folder / "samples" / f"{name}-temperature{cfg.temperature:g}.png"
-        save_grid(path, model.sample(64, cfg.temperature))
-    x = next(iter(Batches(images, 32, cfg.device, count=32)))
-    error = model.inverse_error(x)
-    shown = 2 * error / error.max().clamp(min=1e-9) - 1
-    rows = model.interpolate(x[:8], x[:8].roll(1, 0))  # (8, 8, C, H, W)
-    save_grid(folder / "reconstructions" / f"{name}.png", x, shown)
-    save_grid(folder / "interpolations" / f"{name}.png", rows.flatten(0, 1))
+    title = sheet_title(cfg, images, split, step)
+    for temperature in dict.fromkeys((1.0, cfg.temperature)):
+        ending = "" if temperature == 1 else f"-temperature{temperature:g}"
+        save_sheet(folder / "samples" / f"{name}{ending}.png",
+                   f"{title}\ndraws, temperature {temperature:g}",
+                   {"x": model.sample(64, temperature)})
+    x = next(iter(Batches(pictured, 32, cfg.device, count=32)))
+    error = model.inverse_error(x).max().item()
+    v, _ = model(x)
+    lines = model.interpolate(x[:8], x[:8].roll(1, 0))  # (8, 8, C, H, W)
+    save_sheet(folder / "reconstructions" / f"{name}.png",
+               f"{title}\nlargest error of f⁻¹(f(x)): {error:.1e} pixel values",
+               {"x": x, "f⁻¹(f(x))": model.inverse(v)})
+    save_sheet(folder / "interpolations" / f"{name}.png",
+               f"{title}\nfrom one image to another", {"along v": lines.flatten(0, 1)})
 
 
 def density(model, reach, cells):
@@ -669,24 +676,12 @@ def draw_lines(axes, grid):
     axes.plot(horizontal, vertical, color="0.8", linewidth=0.4, zorder=0)
 
 
-# Copied from vae.py: save_grid
-def save_grid(path, *images):
-    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
-
-    The first row of each set comes first, then the second of each. An incomplete row is left out.
-    """
-    path.parent.mkdir(exist_ok=True)
-    columns = min(8, len(images[0]))
-    whole = len(images[0]) // columns * columns
-    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)
-    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
-
-
 # --- same in every script -------------------------------------------------------------------------
 # Flags, the run's folder and its files, precision, main: nothing of the model.
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
+IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -881,10 +876,32 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where."""
+    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {processes()[1]} x {cfg.device}, {cfg.dtype}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}")
+    seen = cfg.epochs * len(images.train)
+    if cfg.steps:
+        seen = cfg.steps * cfg.batch_size
+    days = seen / IMAGES_PER_SECOND / 86_400
+    if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
+        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
+              "images/s; --small is the size for a CPU")
+
+
+def device_and_precision(cfg):
+    """-> "cpu, 1 thread, bf16" or the like."""
+    if cfg.device != "cpu":
+        return f"{cfg.device}, {cfg.dtype}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+
+
+def sheet_title(cfg, images, split, step):
+    """The first line of every sheet: the model, the images, the step."""
+    return (f"{SCRIPT}.py {cfg.variant} · {images.name} {images.size}x{images.size}, {split} · "
+            f"step {step:,}")
 
 
 def main(Model, argv=None):
@@ -915,7 +932,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=True)
         load_weights(checkpoint, model)
         if processes()[0] == 0:
-            print(f"evaluating the model of step {checkpoint['state']['step']}", flush=True)
+            print(f"evaluating the model of step {checkpoint['state']['step']}; "
+                  f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")

@@ -44,14 +44,13 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached
-from torchvision.utils import save_image
 
 from common import (
     INCEPTION_URL, Batches, Dmol, InceptionFeatures, UserError, barrier, bits_per_dim,
-    choose_device, dmol_channels, draw_curves, from_uint8, importance_weighted, inception_metrics,
-    load_images, load_network, log_row, log_training, mean_terms, processes, psnr, quantize,
-    reference_statistics, require_finite, sample_batches, seconds_to_sample, seed_noise, to_json,
-    to_uint8, write_results)
+    choose_device, dmol_channels, draw_curves, evaluation_batches, from_uint8, importance_weighted,
+    inception_metrics, load_images, load_network, log_row, log_training, mean_terms, processes,
+    progress, psnr, quantize, reference_statistics, require_finite, sample_batches, save_sheet,
+    seconds_to_sample, seed_noise, to_json, to_uint8, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -92,7 +91,8 @@ class Config:
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on", choices=("auto", "fp32", "bf16"))
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
     resume: bool = flag(False, "go on with the run in its folder")
     eval: bool = flag(False, "evaluate the run in its folder, no training")
@@ -509,8 +509,8 @@ class Coupling(nn.Module):
     def s_t(self, z):
         """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        s = self.s_limit * torch.tanh(s)
-        return s * (1 - self.mask), t * (1 - self.mask)
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
 
     def forward(self, z):
         """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
@@ -696,10 +696,10 @@ def posterize(y):
 
 def downscale_interval(y, pixels, x):
     """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    known = sum(pixels)
-    later = 3 - len(pixels)
-    low = 4 * y - 2 - known - 255 * later
-    high = 4 * y + 1 - known
+    left = 4 * y - sum(pixels)
+    most_later = 255 * (3 - len(pixels))
+    low = left - (2 + most_later)
+    high = left + 1
     return low.clamp(min=0), high.clamp(max=255)
 
 
@@ -1048,7 +1048,8 @@ def train(cfg, model, images, folder, checkpoint):
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7)  # as released, eps too
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7,  # as released
+                                   foreach=True)  # all parameters in a few calls
     if checkpoint is None:
         state = start_run(cfg, folder, images)
         model.initialize(data.batch(0))
@@ -1113,11 +1114,11 @@ def validate(cfg, model, images, folder, optimizer, state):
     """
     began = time.perf_counter()
     if processes()[0] == 0:
-        valid = Batches(images.valid, cfg.batch_size, cfg.device, count=cfg.eval_images)
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         dims = math.prod(images.shape)
         with inference(cfg, model):
             terms = mean_terms(model, valid)
-            save_figures(cfg, model, images.valid, folder, f"{state['step']:06d}")
+            save_figures(cfg, model, images, folder, "valid", state["step"])
         log_row(folder, state, "valid", terms, dims)
         draw_curves(folder, ["bpd"])
         bpd = bits_per_dim(sum(terms.values()), dims)
@@ -1137,8 +1138,8 @@ def evaluate(cfg, model, images, folder, state):
     The figures are called test.png. `state` is that of the model's checkpoint.
     """
     dims = math.prod(images.shape)
-    test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
+    iw_test = evaluation_batches(images.test, cfg.device, cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         results = {
@@ -1156,8 +1157,8 @@ def evaluate(cfg, model, images, folder, state):
         }
         if cfg.fid:
             results |= fid(cfg, model, images)
-        save_figures(cfg, model, images.test, folder, "test")
-        save_latent_space(cfg, model, images.test, folder)
+        save_figures(cfg, model, images, folder, "test", state["step"])
+        save_latent_space(cfg, model, images, folder, state["step"])
         table = rates(cfg, model, iw_test, dims)
         if model.K and cfg.transform == "downscale":
             results["bicubic_psnr"] = bicubic_psnr(model, iw_test)
@@ -1185,7 +1186,7 @@ def rates(cfg, model, batches, dims):
     table = {}
     for operation, sent in model.operations.items():
         rows = []
-        for i, x in enumerate(batches):
+        for i, x in enumerate(progress(operation, batches, batches.count)):
             rows.append(rate(model, x, sent, dims, noise=(cfg.seed, i)))
         table[operation] = {}
         for column in rows[0]:
@@ -1264,67 +1265,83 @@ def enlarged(y, x):
     return F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
 
 
-# Changed from vae.py: the representations and the operations
-def save_figures(cfg, model, images, folder, name):
-    """Figures of what the model draws, by folder; every y is shown at the size of x.
+SHORT = {"conditional_reconstruct": "CR", "conditional_generate": "CG",  # Figures 6, 12, 14
+         "reconstruct_1": "RS1", "reconstruct_2": "RS2"}
 
-        samples/            32 samples, in rows y_1, …, y_K, x
-        reconstructions/    32 images, in rows x, y_K, then x̂ by conditional_reconstruct,
-                            conditional_generate, reconstruct_1, reconstruct_2: CR, CG, RS1, RS2 of
-                            Figures 6, 12, 14; for K = 0 rows x, x̂
+
+# Changed from vae.py: the representations and the operations
+def save_figures(cfg, model, images, folder, split, step):
+    """Sheets of one split's images, by folder; every y is shown at the size of x.
+
+        samples/            rows y_1, …, y_K, x
+        reconstructions/    rows x, y_K, then x̂ by the operations in SHORT; for K = 0 rows x, x̂
         superresolution/    for downscaling, rows y_K, its bicubic enlargement, CG, x
     """
-    name = figure_name(cfg, name)
-    x = next(iter(Batches(images, 32, cfg.device, count=32)))
+    K = model.K
+    x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
     values, _ = model.decode({}, 32, cfg.temperature, cfg.mean)
-    drawn = [enlarged(values[f"y_{k}"], x) for k in range(1, model.K + 2)]
-    save_grid(folder / "samples" / name, *drawn)
+    samples = {f"y_{k}": enlarged(values[f"y_{k}"], x) for k in range(1, K + 1)}
+    samples["x"] = values[f"y_{K + 1}"]
+    sheets = {"samples": samples, "reconstructions": {"x": x}}
+    if K == 0:
+        sheets["reconstructions"]["x̂"] = model.reconstruct(x, cfg.mean)
+    else:
+        y = model.representations(x)[K]
+        drawn = {}
+        for operation, short in SHORT.items():
+            sent = ", ".join(model.operations[operation])
+            drawn[f"{short}: x̂ from {sent}"] = model.reconstruct(x, cfg.mean, operation,
+                                                                 cfg.temperature)
+        sheets["reconstructions"] |= {f"y_{K}": enlarged(y, x), **drawn}
+        if cfg.transform == "downscale":
+            given_y = f"CG: x̂ from y_{K}"
+            sheets["superresolution"] = {f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x),
+                                         given_y: drawn[given_y], "x": x}
+    for kind, rows in sheets.items():
+        path = folder / kind / figure_name(cfg, split, step)
+        save_sheet(path, sheet_title(cfg, images, split, step) + how_drawn(cfg), rows)
 
-    if model.K == 0:
-        x_hat = model.reconstruct(x, cfg.mean, temperature=cfg.temperature)
-        save_grid(folder / "reconstructions" / name, x, x_hat)
-        return
-    rows = {}
-    for operation in ("conditional_reconstruct", "conditional_generate",
-                      "reconstruct_1", "reconstruct_2"):
-        rows[operation] = model.reconstruct(x, cfg.mean, operation, cfg.temperature)
-    y = model.representations(x)[model.K]
-    save_grid(folder / "reconstructions" / name, x, enlarged(y, x), *rows.values())
-    if cfg.transform == "downscale":
-        save_grid(folder / "superresolution" / name,
-                  enlarged(y, x), bicubic(y, x), rows["conditional_generate"], x)
+
+def how_drawn(cfg):
+    """The second line of a sheet's title."""
+    shown = "means of p(y|·) and p(x|·)" if cfg.mean else "draws from p(y|·) and p(x|·)"
+    return f"\n{shown}, temperature {cfg.temperature:g}"
 
 
-def save_latent_space(cfg, model, images, folder):
-    """Figures of u and z_k (Figures 10 B, 13), of eight images.
+def save_latent_space(cfg, model, images, folder, step):
+    """Sheets of u and z_k (Figures 10 B, 13), of eight test images.
 
-        interpolations/test-u    rows, each from one image to another along a straight line in u
-        interpolations/test-v    the same in v, for a flow prior
-        variations/test          rows, each an image and 7 that share a u ~ q(u|y_1) with it. In the
-                                 first 8 rows all z_k are drawn anew; for K > 1 then come 8 rows
-                                 for each k, in which only z_k is drawn anew
+        interpolations/    rows, each from one image to another along a straight line in u; for a
+                           flow prior the same in v
+        variations/        rows, each an image and 7 that share a u ~ q(u|y_1) with it. In one set
+                           of rows all z_k are drawn anew; for K > 1 there is a set for each k, in
+                           which only z_k is drawn anew
     """
-    x = next(iter(Batches(images, 8, cfg.device, count=8)))
+    x = next(iter(Batches(images.test, 8, cfg.device, count=8)))
+    title = sheet_title(cfg, images, "test", step) + how_drawn(cfg)
     spaces = ("u", "v") if cfg.prior == "realnvp" else ("u",)
     for space in spaces:
-        rows = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
-        name = figure_name(cfg, "test", f"-{space}")
-        save_grid(folder / "interpolations" / name, rows.flatten(0, 1))
+        lines = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
+        path = folder / "interpolations" / figure_name(cfg, "test", step, f"-{space}")
+        save_sheet(path, title, {f"along {space}": lines.flatten(0, 1)})
     if model.K == 0:
         return
     latents = model.latents[1:]
     choices = [latents]
     if model.K > 1:
         choices += [[latent] for latent in latents]
-    sets = []
+    rows = {}
     for redrawn in choices:
         varied = model.vary(x, redrawn, 7, cfg.temperature, cfg.mean)
-        sets.append(torch.cat([x.unsqueeze(1), varied], 1).flatten(0, 1))
-    save_grid(folder / "variations" / figure_name(cfg, "test"), *sets)
+        together = torch.cat([x.unsqueeze(1), varied], 1)  # (8, 8, C, H, W)
+        rows[f"x, then other {', '.join(redrawn)}"] = together.flatten(0, 1)
+    save_sheet(folder / "variations" / figure_name(cfg, "test", step), title, rows)
 
 
-def figure_name(cfg, name, ending=""):
+# Copied from vae.py: figure_name
+def figure_name(cfg, split, step, ending=""):
     """The file name of a figure, which says what --mean and --temperature changed."""
+    name = "test" if split == "test" else f"{step:06d}"
     if cfg.mean:
         name += "-mean"
     if cfg.temperature != 1:
@@ -1332,24 +1349,12 @@ def figure_name(cfg, name, ending=""):
     return f"{name}{ending}.png"
 
 
-# Copied from vae.py: save_grid
-def save_grid(path, *images):
-    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
-
-    The first row of each set comes first, then the second of each. An incomplete row is left out.
-    """
-    path.parent.mkdir(exist_ok=True)
-    columns = min(8, len(images[0]))
-    whole = len(images[0]) // columns * columns
-    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)
-    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
-
-
 # --- same in every script -------------------------------------------------------------------------
 # Flags, the run's folder and its files, precision, main: nothing of the model.
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
+IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1544,10 +1549,32 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where."""
+    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {processes()[1]} x {cfg.device}, {cfg.dtype}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}")
+    seen = cfg.epochs * len(images.train)
+    if cfg.steps:
+        seen = cfg.steps * cfg.batch_size
+    days = seen / IMAGES_PER_SECOND / 86_400
+    if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
+        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
+              "images/s; --small is the size for a CPU")
+
+
+def device_and_precision(cfg):
+    """-> "cpu, 1 thread, bf16" or the like."""
+    if cfg.device != "cpu":
+        return f"{cfg.device}, {cfg.dtype}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+
+
+def sheet_title(cfg, images, split, step):
+    """The first line of every sheet: the model, the images, the step."""
+    return (f"{SCRIPT}.py {cfg.variant} · {images.name} {images.size}x{images.size}, {split} · "
+            f"step {step:,}")
 
 
 def main(Model, argv=None):
@@ -1578,7 +1605,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=True)
         load_weights(checkpoint, model)
         if processes()[0] == 0:
-            print(f"evaluating the model of step {checkpoint['state']['step']}", flush=True)
+            print(f"evaluating the model of step {checkpoint['state']['step']}; "
+                  f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")

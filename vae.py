@@ -41,13 +41,13 @@ from torch.distributions import Independent, Normal
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached
-from torchvision.utils import save_image
 
 from common import (
     INCEPTION_URL, Batches, Dmol, InceptionFeatures, UserError, barrier, bits_per_dim,
-    choose_device, dmol_channels, draw_curves, importance_weighted, inception_metrics, load_images,
-    load_network, log_mean_exp, log_row, log_training, mean_terms, processes, reference_statistics,
-    require_finite, sample_batches, seconds_to_sample, seed_noise, to_json, write_results)
+    choose_device, dmol_channels, draw_curves, evaluation_batches, importance_weighted,
+    inception_metrics, load_images, load_network, log_mean_exp, log_row, log_training, mean_terms,
+    processes, reference_statistics, require_finite, sample_batches, save_sheet, seconds_to_sample,
+    seed_noise, to_json, write_results)
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ class Config:
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on", choices=("auto", "fp32", "bf16"))
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
     resume: bool = flag(False, "go on with the run in its folder")
     eval: bool = flag(False, "evaluate the run in its folder, no training")
@@ -317,8 +318,8 @@ class Coupling(nn.Module):
     def s_t(self, z):
         """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        s = self.s_limit * torch.tanh(s)
-        return s * (1 - self.mask), t * (1 - self.mask)
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
 
     def forward(self, z):
         """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
@@ -544,7 +545,8 @@ def train(cfg, model, images, folder, checkpoint):
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7)  # as released, eps too
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7,  # as released
+                                   foreach=True)  # all parameters in a few calls
     if checkpoint is None:
         state = start_run(cfg, folder, images)
         model.initialize(data.batch(0))
@@ -607,11 +609,11 @@ def validate(cfg, model, images, folder, optimizer, state):
     """
     began = time.perf_counter()
     if processes()[0] == 0:
-        valid = Batches(images.valid, cfg.batch_size, cfg.device, count=cfg.eval_images)
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         dims = math.prod(images.shape)
         with inference(cfg, model):
             terms = mean_terms(model, valid)
-            save_figures(cfg, model, images.valid, folder, f"{state['step']:06d}")
+            save_figures(cfg, model, images, folder, "valid", state["step"])
         log_row(folder, state, "valid", terms, dims)
         draw_curves(folder, ["bpd"])
         bpd = bits_per_dim(sum(terms.values()), dims)
@@ -630,8 +632,8 @@ def evaluate(cfg, model, images, folder, state):
     The figures are called test.png. `state` is that of the model's checkpoint.
     """
     dims = math.prod(images.shape)
-    test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.eval_images)
-    iw_test = Batches(images.test, cfg.batch_size, cfg.device, count=cfg.iw_images)
+    test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
+    iw_test = evaluation_batches(images.test, cfg.device, cfg.iw_images)
     with inference(cfg, model):
         terms = mean_terms(model, test)
         results = {
@@ -650,7 +652,7 @@ def evaluate(cfg, model, images, folder, state):
         }
         if cfg.fid:
             results |= fid(cfg, model, images)
-        save_figures(cfg, model, images.test, folder, "test")
+        save_figures(cfg, model, images, folder, "test", state["step"])
     write_results(folder, results)
 
 
@@ -666,29 +668,30 @@ def fid(cfg, model, images):
     return inception_metrics(inception, sample_batches(model, cfg.fid), references)
 
 
-def save_figures(cfg, model, images, folder, name):
-    """Grids: 64 samples; reconstructions, rows x, x̂, x, x̂ …; interpolations, each in a row."""
+def save_figures(cfg, model, images, folder, split, step):
+    """Sheets of one split's images: samples, reconstructions, rows from one image to another."""
+    x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
+    lines = model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean)  # (8, 8, C, H, W)
+    sheets = {
+        "samples": {"x": model.sample(64, cfg.temperature, cfg.mean)},
+        "reconstructions": {"x": x, "x̂": model.reconstruct(x, cfg.mean)},
+        "interpolations": {"along z": lines.flatten(0, 1)},
+    }
+    shown = "means of p(x|z)" if cfg.mean else "draws from p(x|z)"
+    title = sheet_title(cfg, images, split, step)
+    title += f"\n{shown}, temperature {cfg.temperature:g}"
+    for kind, rows in sheets.items():
+        save_sheet(folder / kind / figure_name(cfg, split, step), title, rows)
+
+
+def figure_name(cfg, split, step, ending=""):
+    """The file name of a figure, which says what --mean and --temperature changed."""
+    name = "test" if split == "test" else f"{step:06d}"
     if cfg.mean:
         name += "-mean"
     if cfg.temperature != 1:
         name += f"-temperature{cfg.temperature:g}"
-    x = next(iter(Batches(images, 32, cfg.device, count=32)))
-    rows = model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean)  # (8, 8, C, H, W)
-    save_grid(folder / "samples" / f"{name}.png", model.sample(64, cfg.temperature, cfg.mean))
-    save_grid(folder / "reconstructions" / f"{name}.png", x, model.reconstruct(x, cfg.mean))
-    save_grid(folder / "interpolations" / f"{name}.png", rows.flatten(0, 1))
-
-
-def save_grid(path, *images):
-    """Save sets of images (B, C, H, W) as one PNG of true pixel values, 8 images a row.
-
-    The first row of each set comes first, then the second of each. An incomplete row is left out.
-    """
-    path.parent.mkdir(exist_ok=True)
-    columns = min(8, len(images[0]))
-    whole = len(images[0]) // columns * columns
-    rows = torch.stack([x[:whole].unflatten(0, (-1, columns)) for x in images], 1)
-    save_image((rows.flatten(0, 2) + 1) / 2, path, nrow=columns)
+    return f"{name}{ending}.png"
 
 
 # --- same in every script -------------------------------------------------------------------------
@@ -696,6 +699,7 @@ def save_grid(path, *images):
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
+IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -890,10 +894,32 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where."""
+    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {processes()[1]} x {cfg.device}, {cfg.dtype}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}")
+    seen = cfg.epochs * len(images.train)
+    if cfg.steps:
+        seen = cfg.steps * cfg.batch_size
+    days = seen / IMAGES_PER_SECOND / 86_400
+    if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
+        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
+              "images/s; --small is the size for a CPU")
+
+
+def device_and_precision(cfg):
+    """-> "cpu, 1 thread, bf16" or the like."""
+    if cfg.device != "cpu":
+        return f"{cfg.device}, {cfg.dtype}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+
+
+def sheet_title(cfg, images, split, step):
+    """The first line of every sheet: the model, the images, the step."""
+    return (f"{SCRIPT}.py {cfg.variant} · {images.name} {images.size}x{images.size}, {split} · "
+            f"step {step:,}")
 
 
 def main(Model, argv=None):
@@ -924,7 +950,8 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=True)
         load_weights(checkpoint, model)
         if processes()[0] == 0:
-            print(f"evaluating the model of step {checkpoint['state']['step']}", flush=True)
+            print(f"evaluating the model of step {checkpoint['state']['step']}; "
+                  f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
         barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
         print(f"written to {folder}")

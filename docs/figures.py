@@ -12,8 +12,8 @@
                                        seconds: draws of x given y by a selfvae.py without and with
                                        --exact, and how far d of them is from y
     python docs/figures.py given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
-                                       a second: y and draws of x given y by selfvae.py with five
-                                       transformations, from their reconstructions/
+                                       seconds: y and draws of x given y by selfvae.py with five
+                                       transformations
     python docs/figures.py sides RUN_FOLDER
                                        a second: what a growing dcvae.py made of the same codes
                                        at the end of each side, from its samples/
@@ -25,6 +25,7 @@ from `python realnvp.py --dataset moons`.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -34,14 +35,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.distributions import Independent, Normal
-from torchvision.utils import save_image
 
 FOLDER = Path(__file__).resolve().parent / "figures"
 LOGS = Path(__file__).resolve().parent / "logs"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (  # noqa: E402 (needs the path above)
-    Batches, Dmol, from_uint8, load_images, log_mean_exp, read_log)
+    GAP, PICTURE_SIDE, SHEET_TOP, Batches, Dmol, from_uint8, load_images, log_mean_exp, read_log,
+    save_sheet)
 import dcvae  # noqa: E402
 from realnvp import Couplings, mlp  # noqa: E402
 import selfvae  # noqa: E402
@@ -329,45 +330,59 @@ def draw_holes(row, name, model, images):
     of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
 
 
-# ---- exact ---------------------------------------------------------------------------------------
+# ---- exact, given, sides: sheets of finished runs ------------------------------------------------
+
+def trained(run, data_dir):
+    """A run of selfvae.py -> its Config, its images, its best model."""
+    checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    cfg = selfvae.Config(**checkpoint["config"])
+    images = load_images(cfg.dataset, data_dir, cfg.size)
+    model = selfvae.SelfVAE(cfg, images.shape).eval()
+    model.load_state_dict(checkpoint["model"])
+    return cfg, images, model
+
 
 @torch.no_grad()
 def exact(*runs, data_dir="data"):
     """Test images, their y, and for each run a draw of x given y and 8 |d(x̂) - y|, 8 in a row."""
-    rows = []
+    rows = {}
     for run in runs:
-        checkpoint = torch.load(Path(run, "best.pt"), weights_only=True)
-        cfg = selfvae.Config(**checkpoint["config"])
-        images = load_images(cfg.dataset, data_dir, cfg.size)
-        model = selfvae.SelfVAE(cfg, images.shape)
-        model.load_state_dict(checkpoint["model"])
+        cfg, images, model = trained(run, data_dir)
         x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
         y = model.representations(x)[model.K]
         torch.manual_seed(0)
         draw = model.reconstruct(x, operation="conditional_generate")
         missed = (model.representations(draw)[model.K] - y).abs()
-        if not rows:
-            rows += [x, selfvae.enlarged(y, x)]
-        rows += [draw, selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)]  # black: y is met
-    selfvae.save_grid(FOLDER / "exact.png", *rows)
+        flag = "--exact" if cfg.exact else "without --exact"
+        rows |= {"x": x, "y = d(x)": selfvae.enlarged(y, x), f"x̂ from y, {flag}": draw,
+                 f"8 |d(x̂) - y|, {flag}": selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)}
+    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test"
+    save_sheet(FOLDER / "exact.png", f"{title}\ndraws of x given y; black: d(x̂) is y", rows)
 
 
-def read_picture(path):
-    """A PNG of a run -> (3, H, W) in [0, 1]."""
-    return torch.tensor(matplotlib.image.imread(path)[..., :3]).movedim(2, 0)
-
-
-def given(*runs):
-    """x, then for each run y and a draw of x given y, 8 in a row, from its reconstructions/."""
-    pictures = []
+@torch.no_grad()
+def given(*runs, data_dir="data"):
+    """x, then for each run y and a draw of x given y, 8 in a row."""
+    rows = {}
     for run in runs:
-        sheet = read_picture(Path(run, "reconstructions", "test.png"))
-        height = (sheet.shape[2] - 2) // 8  # of a row: a picture, and the 2 black pixels above it
-        x, y, _, draw = sheet.split(height, 1)[:4]
-        if not pictures:
-            pictures.append(x)
-        pictures += [y, draw]
-    save_image(torch.cat(pictures, 1), FOLDER / "given.png")
+        cfg, images, model = trained(run, data_dir)
+        x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
+        y = model.representations(x)[model.K]
+        torch.manual_seed(0)
+        draw = model.reconstruct(x, operation="conditional_generate")
+        rows |= {"x": x, f"y: {cfg.transform}": selfvae.enlarged(y, x),
+                 f"x̂ from y: {cfg.transform}": draw}
+    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test"
+    save_sheet(FOLDER / "given.png", f"{title}\ndraws of x given y", rows)
+
+
+def first_row(path, side):
+    """The pictures in the first row of a sheet of 8 columns -> (8, 3, side, side) in [-1, 1]."""
+    factor = math.ceil(PICTURE_SIDE / side)
+    step = factor * side + GAP
+    row = torch.tensor(matplotlib.image.imread(path)[SHEET_TOP:SHEET_TOP + step, -8 * step:, :3])
+    pictures = row.unflatten(1, (8, step)).permute(1, 3, 0, 2)
+    return 2 * pictures[..., :-GAP:factor, :-GAP:factor] - 1
 
 
 def sides(run):
@@ -379,8 +394,9 @@ def sides(run):
     for path in sorted((run / "samples").glob("[0-9]*.png")):
         side, alpha = dcvae.growth(cfg, size, int(path.stem))
         if alpha == 1:
-            last[side] = read_picture(path)[:, :size + 2]
-    save_image(torch.cat(list(last.values()), 1), FOLDER / "sides.png")
+            last[f"{side}x{side}"] = first_row(path, size)
+    save_sheet(FOLDER / "sides.png", f"dcvae.py, {cfg.dataset} {size}x{size}\n"
+               "samples of the same codes at the end of each side", last)
 
 
 # ---- race ----------------------------------------------------------------------------------------

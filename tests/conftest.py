@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from common import make_shapes  # noqa: E402 (needs the path above)
+from common import GAP, PICTURE_SIDE, SHEET_TOP, make_shapes  # noqa: E402 (needs the path above)
 from exercises import exercises  # noqa: E402
 
 MODELS = {"vae": "VAE", "selfvae": "SelfVAE", "realnvp": "RealNVP", "dcvae": "DCVAE"}
@@ -44,7 +45,7 @@ def tiny_data(tmp_path_factory):
 def flags_for(script, data_dir, out_dir, **flags):
     """The command line of a short run: small, 16 pixels, on the CPU; then `flags`."""
     short = dict(data_dir=data_dir, out_dir=out_dir, size=16, small=True, steps=2, batch_size=4,
-                 log_every=1, device="cpu", iw_samples=2, iw_images=4)
+                 log_every=1, device="cpu", dtype="fp32", iw_samples=2, iw_images=4)
     known = {f.name for f in dataclasses.fields(importlib.import_module(script).Config)}
     line = []
     for name, value in short.items():
@@ -91,6 +92,22 @@ def narrow_networks(patch):
     patch.setitem(realnvp.WIDTHS, "small", (1, 4))
     patch.setitem(dcvae.WIDTHS, "small", (8, 8))
     patch.setitem(dcvae.MAPS, "small", (8, 8))
+
+
+def pictures_on(path, side, columns=8):
+    """The pictures of a sheet, which are `side` pixels wide before they are enlarged.
+
+    -> uint8 (rows, columns, side, side, 3), every pixel of an enlarged picture seen to be alike.
+    """
+    sheet = (imread(path)[..., :3] * 255).round().astype(np.uint8)
+    factor = -(-PICTURE_SIDE // side)
+    step = factor * side + GAP
+    assert (sheet.shape[0] - SHEET_TOP) % step == 0
+    grid = sheet[SHEET_TOP:, -columns * step:].reshape(-1, step, columns, step, 3)
+    pictures = grid.swapaxes(1, 2)[:, :, :-GAP, :-GAP]
+    small = pictures[:, :, ::factor, ::factor]
+    assert np.array_equal(small.repeat(factor, 2).repeat(factor, 3), pictures)
+    return small
 
 
 def inputs_of(module):

@@ -222,7 +222,7 @@ def test_timing_says_so_and_ends(capsys):
     model = Slow()
     assert common.seconds_to_sample(model, 7, limit=0) >= 0
     assert model.calls == 2  # once to warm up
-    assert "sampling of 7 images" in capsys.readouterr().out
+    assert "sampling time: 7 images" in capsys.readouterr().out
     common.seconds_to_sample(model, 7)
     assert model.calls == 2 + 11
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torchvision.transforms import functional as TF
 
 import common
 from common import (Batches, Dmol, UserError, dmol_channels, from_uint8,
                     load_images, make_shapes, quantize, to_uint8)
-from conftest import seeded
+from conftest import pictures_on, seeded
 
 LEVELS = torch.arange(256)
 
@@ -510,7 +511,7 @@ def test_seconds_to_sample(monkeypatch):
 
     model = Model()
     monkeypatch.setattr(common.time, "perf_counter", lambda: model.seconds)
-    assert common.seconds_to_sample(model, 4, runs=5) == 2
+    assert common.seconds_to_sample(model, 4, runs=5, limit=60) == 2
     assert model.calls == [4] * 6
 
 
@@ -1694,6 +1695,60 @@ def test_offline_one_line_names_file_address_and_place(Network, url, tmp_path, m
         assert str(place) in capsys.readouterr().out
 
 
+# ---- Sheets --------------------------------------------------------------------------------------
+
+def ink(sheet):
+    """Where a sheet, uint8 (H, W, 3), is dark: text, since these pictures are white -> (H, W)."""
+    return (sheet < 128).all(2)
+
+
+def test_a_sheet_names_its_rows(tmp_path):
+    """Each row has its name at the left, the sheet its title above; wide names make it wider."""
+    white = torch.ones(17, 1, 16, 16)
+    common.save_sheet(tmp_path / "a" / "sheet.png", "title", {"x": white, "x̂ from y_1": white})
+    sheet = np.asarray(Image.open(tmp_path / "a" / "sheet.png"))
+    step = 64 + common.GAP
+    assert sheet.shape[0] == common.SHEET_TOP + 4 * step  # two rows of each, one image left over
+    text = ink(sheet)
+    assert text[:common.SHEET_TOP].any() and not text[:, -8 * step:][common.SHEET_TOP:].any()
+    names = text[common.SHEET_TOP:, :-8 * step].reshape(4, step, -1).sum((1, 2))
+    assert (names[0], names[1]) == (names[2], names[3]) and 0 < names[0] < names[1]
+
+    common.save_sheet(tmp_path / "one.png", 200 * "title ", {"x": white})
+    sheet = np.asarray(Image.open(tmp_path / "one.png"))
+    text = ink(sheet)
+    assert not text[:, -4:].any() and text[:, -60:].any()  # the title is not cut off
+    names = text[common.SHEET_TOP:, :-8 * step].reshape(2, step, -1).sum((1, 2))
+    assert names[0] > 0 == names[1]  # one name for all rows
+
+
+def test_a_sheet_shows_true_pixels(tmp_path):
+    """Row i of every set, then row i + 1 of every set; grey becomes RGB of equal channels."""
+    for channels, side in ((1, 8), (3, 24), (3, 64)):
+        first = noise_batch(5, channels, side)
+        second = noise_batch(5, channels, side)
+        common.save_sheet(tmp_path / "sheet.png", "", {"a": first, "b": second}, columns=2)
+        rows = torch.stack([first[:2], second[:2], first[2:4], second[2:4]])
+        expected = to_uint8(rows).permute(0, 1, 3, 4, 2).expand(-1, -1, -1, -1, 3)
+        assert np.array_equal(pictures_on(tmp_path / "sheet.png", side, 2), expected)
+
+
+@pytest.mark.parametrize("side, sets, rows, columns", [
+    (16, 1, 8, 8), (32, 2, 10, 8), (64, 1, 3, 8), (64, 6, 6, 4), (128, 4, 4, 4)])
+def test_a_sheet_is_no_large_file(side, sets, rows, columns, tmp_path):
+    """Of noise, the worst case, it has fewer rows, then fewer columns; from 128 on it is larger."""
+    noise = noise_batch(64, 3, side)
+    path = tmp_path / "sheet.png"
+    common.save_sheet(path, "t", {str(i): noise for i in range(sets)})
+    assert pictures_on(path, side, columns).shape[:2] == (rows, columns)
+    assert path.stat().st_size < 330_000 or side > 64
+
+
+def noise_batch(count, channels, side):
+    """Images of uniform noise in [-1, 1]."""
+    return 2 * torch.rand(count, channels, side, side) - 1
+
+
 # ---- The log -------------------------------------------------------------------------------------
 
 def rows_of(*values):
@@ -1758,13 +1813,15 @@ class Slow:
 
 
 def test_long_evaluations_tell_of_their_progress(monkeypatch, capsys):
-    """After half a minute: images done, time spent < time left."""
-    times = iter(range(0, 10_000, 20))
+    """Images done, time spent < time left, after two seconds and then every ten, not at the end."""
+    times = iter(range(0, 10_000, 6))
     monkeypatch.setattr(common.time, "perf_counter", lambda: next(times))
     batches = common.Batches(np.zeros((11, 2, 2, 1), np.uint8), 2, "cpu")
     common.importance_weighted(Slow(), batches, 4, 12)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert re.match(r"importance weighting: \d+ of 11 images  0:0\d:\d\d < 0:\d\d:\d\d", first)
+    assert capsys.readouterr().out.splitlines() == [
+        "importance-weighted bound, 4 samples: 2 of 11 images  0:00:06 < 0:00:27",
+        "importance-weighted bound, 4 samples: 6 of 11 images  0:00:18 < 0:00:15",
+        "importance-weighted bound, 4 samples: 10 of 11 images  0:00:30 < 0:00:03"]
 
 
 # ---- The linear probe ----------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import copy
 import json
 import math
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import dcvae
 from common import Images, UserError, from_uint8, quantize, read_log, to_uint8
-from conftest import count, seeded
+from conftest import count, pictures_on, seeded
 from dcvae import (
     BLOCKS, DCVAE, Config, Decoder, Discriminator, DownBlock, Encoder, autoencoder_gan,
     discriminator_gan, gaussian_kl, info_nce, sample_code, update_average)
@@ -1170,12 +1169,11 @@ def test_figures_of_small_sets_and_odd_labels(tmp_path, number, labels, edited):
         images = labelled(pixels, np.resize(labels, number))
     model = make().eval()
     cfg = Config(device="cpu")
-    dcvae.save_interpolations(cfg, model, images, tmp_path)
-    dcvae.save_mixing(cfg, model, images, tmp_path)
-    dcvae.save_editing(cfg, model, images, tmp_path)
+    dcvae.save_interpolations(cfg, model, images, tmp_path, 1)
+    dcvae.save_mixing(cfg, model, images, tmp_path, 1)
+    dcvae.save_editing(cfg, model, images, tmp_path, 1)
     for name in ("interpolations", "mixing"):
-        picture = matplotlib.image.imread(tmp_path / name / "test.png")
-        assert picture.shape[:2] == (8 * 18 + 2, 8 * 18 + 2)
+        assert pictures_on(tmp_path / name / "test.png", 16).shape[:2] == (8, 8)
     assert (tmp_path / "editing").exists() == edited
 
 
@@ -1194,7 +1192,7 @@ def test_editing_takes_the_difference_of_mean_codes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "edit", edit)
     images = labelled(pixels, np.arange(60) % 2)
-    dcvae.save_editing(Config(device="cpu"), model, images, tmp_path)
+    dcvae.save_editing(Config(device="cpu"), model, images, tmp_path, 1)
     assert len(given) == 1
     x, direction, amounts = given[0]
     z = model.encode(as_batch(pixels))

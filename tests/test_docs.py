@@ -21,7 +21,7 @@ import torch
 
 import common
 import longruns
-from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks
+from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks, pictures_on
 from exercises import definition, emptied, exercises, lines_of, trees
 from test_agreements import MARK, PAGES, PYTHON, SOURCES, commands
 from test_runs import cut_short, nothing
@@ -469,22 +469,39 @@ def test_figures_can_be_drawn(tmp_path, monkeypatch, tiny_data, capsys):
         figures.tighten(tmp_path)
 
 
-def test_figure_of_y_and_x_given_y(tmp_path, monkeypatch):
-    """Of the rows x, y, CR, CG, RS1, RS2 of every run y and CG are shown, x once."""
+@pytest.mark.parametrize("name, other, rows", [("given", "posterize", 5), ("exact", "downscale", 6)])
+def test_figures_of_x_given_y(name, other, rows, tmp_path, monkeypatch, tiny_data):
+    """x once, then for every run y, draws of x given y and, of the exact one, what d misses."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
-    runs = [tmp_path / "one", tmp_path / "two"]
-    levels = torch.randint(256, (2, 6, 16))  # of every run, kind and image, all its pixels alike
-    for run, kinds in zip(runs, levels):
-        run.mkdir()
-        sets = [common.from_uint8(kind.view(16, 1, 1, 1).expand(16, 3, 16, 16)) for kind in kinds]
-        figures.selfvae.save_grid(run / "reconstructions" / "test.png", *sets)
-    figures.given(*runs)
-    picture = (255 * matplotlib.image.imread(tmp_path / "given.png")).round()
-    seen = picture[10::18, 10::18, 0]
-    wanted = [levels[run, kind, :8] for run, kind in ((0, 0), (0, 1), (0, 3), (1, 1), (1, 3))]
-    np.testing.assert_allclose(seen, torch.stack(wanted), atol=1)
+    narrow_networks(monkeypatch)
+    runs = []
+    for i, transform in enumerate(("downscale", other)):
+        exact = name == "exact" and i == 0
+        cfg = figures.selfvae.Config(transform=transform, exact=exact, small=True, size=16)
+        model = figures.selfvae.SelfVAE(cfg, (3, 16, 16))
+        runs.append(tmp_path / str(i))
+        runs[-1].mkdir()
+        torch.save({"config": dataclasses.asdict(cfg), "model": model.state_dict()},
+                   runs[-1] / "best.pt")
+    draw = getattr(figures, name)
+    draw(*runs, data_dir=tiny_data)
+    pictures = pictures_on(tmp_path / f"{name}.png", 16)
+    assert len(pictures) == rows
+    x = np.load(tiny_data / "shapes-16" / "test.npy")[:8]
+    y = from_pixels(x)
+    assert np.array_equal(pictures[0], x)
+    assert np.array_equal(pictures[1][:, ::2, ::2], y)
+    draws = pictures[2]
+    if name == "exact":
+        assert np.array_equal(from_pixels(draws), y) and not pictures[3].any()
+
+
+def from_pixels(x):
+    """d of downscaling: uint8 (N, 2h, 2w, C) -> (N, h, w, C)."""
+    blocks = x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).astype(int)
+    return (blocks.sum((2, 4)) + 2) // 4
 
 
 # ---- Code blocks and numeric examples ------------------------------------------------------------

@@ -13,8 +13,10 @@ import common
 import numpy as np
 import pytest
 import torch
+import vae
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks, seeded
 from pair import nothing, plain, short
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CHEAP = {"vae": dict(prior="normal"), "selfvae": dict(prior="normal"), "realnvp": {},
          "dcvae": dict(d_steps=2, negatives=20)}
@@ -206,6 +208,101 @@ def test_a_lost_process_ends_the_run(tiny_data, tmp_path):
         process.kill()
     assert process.returncode != 0
     assert load(tmp_path / "run" / "last.pt")["state"]["step"] >= 1
+
+
+# ---- What the machine decides --------------------------------------------------------------------
+
+@pytest.mark.parametrize("has, asked, taken, warned", [
+    (True, "auto", "bf16", False), (False, "auto", "fp32", False), (True, "fp32", "fp32", False),
+    (True, "bf16", "bf16", False), (False, "bf16", "bf16", True)])
+def test_a_cpu_takes_bf16_where_it_computes_in_it(has, asked, taken, warned, monkeypatch, capsys):
+    """Who asks for it elsewhere gets it, slowly, and one line that says so."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    cfg = vae.Config(device="cpu", dtype=asked)
+    common.choose_device(cfg)
+    assert cfg.dtype == taken and cfg.compile is False
+    assert capsys.readouterr().out.count("--dtype fp32 is faster here\n") == warned
+
+
+def test_a_run_keeps_its_precision(monkeypatch, tiny_data, tmp_path, capsys):
+    """Resumed on another CPU it goes on in the precision that it was started in."""
+    narrow_networks(monkeypatch)
+    line = flags_for("vae", tiny_data, tmp_path, name="a", prior="normal", dtype="auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert call("vae", line) == 0
+    assert "1 x cpu, 1 thread, bf16" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    line = ["--out_dir", str(tmp_path), "--name", "a", "--resume", "--steps", "3"]
+    assert call("vae", line) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "this cpu does not compute in bf16: --dtype fp32 is faster here"
+    assert load(tmp_path / "a" / "last.pt")["config"]["dtype"] == "bf16"
+
+
+def test_small_networks_take_one_thread(monkeypatch):
+    """Unless the environment says how many; networks of the paper's size take what PyTorch does."""
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    common.choose_device(vae.Config(device="cpu"))
+    assert taken == []
+    common.choose_device(vae.Config(device="cpu", small=True))
+    common.choose_device(vae.Config(device="cpu", dataset="moons"))
+    assert taken == [1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    common.choose_device(vae.Config(device="cpu", small=True))
+    assert taken == [1, 1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_papers_size_on_a_cpu_is_said_in_days(script, capsys):
+    """Of a whole run, not of a few steps, and not with --small."""
+    module = importlib.import_module(script)
+    pixels = np.zeros((50_000, 1, 1, 3), np.uint8)
+    images = common.Images("many", 32, pixels, pixels, pixels, None, False)
+    for flags, said in (({"epochs": 864}, "some 50.0 days if it trains 10 images/s"),
+                        ({"steps": 10}, ""), ({"epochs": 864, "small": True}, "")):
+        cfg = module.Config(device="cpu", dtype="fp32", **flags)
+        module.print_header(cfg, "folder", torch.nn.Linear(1, 1), images)
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1 + bool(said)
+        assert said in out and ("--small is the size for a CPU" in out) == bool(said)
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags, most", [
+    (dict(size=16), 5000), (dict(size=16, exact=True), 6500),
+    (dict(size=64, levels=2), 9000), (dict(size=64, levels=2, exact=True), 12_000)])
+def test_a_small_step_is_light(flags, most):
+    """Forward, backward and the first update of --small: on a CPU each operation costs time."""
+    import selfvae
+    cfg = selfvae.Config(small=True, **flags)
+    model = selfvae.SelfVAE(cfg, (3, cfg.size, cfg.size)).to(memory_format=torch.channels_last)
+    x = torch.randint(0, 256, (2, 3, cfg.size, cfg.size)).float() / 127.5 - 1
+    model.initialize(x)
+    optimizer = torch.optim.Adamax(model.parameters(), foreach=True)
+    with Count() as count:
+        sum(model.terms(x).values()).mean().backward()
+        optimizer.step()
+    assert count.operations <= most
+
+
+def test_evaluation_has_batches_of_its_own():
+    """As many pixels as fit into any memory, at most 128 images, at least one."""
+    for side, size in ((16, 128), (32, 128), (64, 32), (256, 2), (512, 1)):
+        images = np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (300, side, side, 3))
+        assert common.evaluation_batches(images, "cpu", 200).batch_size == size
 
 
 # ---- Precision and compilation -------------------------------------------------------------------
