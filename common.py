@@ -755,7 +755,8 @@ class Batches:
 def evaluation_batches(images, device, count=None):
     """`Batches` for evaluation: their size is that of the pictures, whatever training's was.
 
-    2¹⁷ pixels, of which a GPU has enough to do and a laptop the memory, but at most 128 images.
+    A batch has 2¹⁷ pixels, at most 128 images and at least one: enough to keep a GPU busy, few
+    enough for a laptop's memory.
     """
     pixels = math.prod(images.shape[1:3])
     return Batches(images, max(1, min(128, 2**17 // pixels)), device, count=count)
@@ -871,7 +872,8 @@ class Dmol:
         mean = near(possible, mean, inverse_scale)
         log_all = log_mass(possible, mean, inverse_scale)
         log_p = log_mass(bin_of_x, mean, inverse_scale) - log_all
-        outside = (value < possible[0]) | (value > possible[1])  # half a step off the last bins
+        # The edges are half a step from any value, so that no rounding decides.
+        outside = (value < possible[0]) | (value > possible[1])
         return log_p.masked_fill(outside, -math.inf)
 
     def limits(self, x):
@@ -943,7 +945,7 @@ FAR = 1e9  # as good as infinity for σ, and gradients are 0 there, not 0 · ∞
 def bin_edges(low, high):
     """Grid values `low` to `high` -> the lower edge of the first bin, the upper edge of the last.
 
-    The bin of the lowest pixel value has no lower edge, that of the highest no upper one.
+    The bin of the lowest pixel value has no lower edge, that of the highest no upper one: ∓FAR.
     """
     lower = (low - 1 / 255).masked_fill(low < -1 + 1 / 255, -FAR)
     upper = (high + 1 / 255).masked_fill(high > 1 - 1 / 255, FAR)
@@ -967,8 +969,9 @@ def log_mass(edges, mean, inverse_scale):
 def near(edges, mean, inverse_scale):
     """The mean, moved to within 20 scales of the values between two edges.
 
-    Further out the restricted logistic is an exponential, on which the mean has no influence: it
-    stays the same to e⁻²⁰, and so does its gradient. At a larger distance digits would be lost.
+    Further out the restricted logistic is an exponential, on which the mean has no influence:
+    moving the mean changes log p and its gradients by e⁻²⁰ at most. At a larger distance digits
+    would be lost. The reach is detached, as no gradient should come from where we moved it to.
     """
     lower, upper = edges
     reach = 20 / inverse_scale.detach()
@@ -1009,9 +1012,10 @@ def psnr(x, y):
 
 
 def progress(what, batches, count):
-    """The batches, one after the other; lines say for what, how far, time spent < time left.
+    """Yield the batches, of `count` images in all, and print how far they are: spent < left.
 
-    They hold `count` images. The first line comes after two seconds, the others every ten.
+    The first line comes with the first batch that ends after two seconds, the next ones at least
+    ten seconds apart.
     """
     done = 0
     start = time.perf_counter()
@@ -1030,7 +1034,7 @@ def progress(what, batches, count):
 def mean_terms(model, batches):
     """Every term of the bound, {name: nats per image}, averaged over all images of a split."""
     sums = {}
-    for x in progress("bound", batches, batches.count):
+    for x in progress("likelihood", batches, batches.count):
         for name, values in model.terms(x).items():
             # To the CPU first: mps has no double.
             sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
@@ -1067,7 +1071,7 @@ def seconds_to_sample(model, n, runs=10, limit=1):
 
     The mean of `runs` times, or of as many as begin within `limit` seconds.
     """
-    print(f"sampling time: {n} images", flush=True)
+    print(f"timing the sampling of {n} at a time", flush=True)
     model.sample(n).cpu()
     start = time.perf_counter()
     for done in range(1, runs + 1):
@@ -1430,47 +1434,58 @@ SHEET_TOP = 38  # pixels for the title, two lines
 GAP = 2  # pixels between pictures
 
 
-def save_sheet(path, title, rows, columns=8):
+def save_sheet(path, title, rows, columns=8, keep_columns=False):
     """Save sets of pictures as one PNG, below a title, each row with its name at the left.
 
     `rows` is {name: images (N, C, H, W) in [-1, 1]}, N the same for all. The first `columns` images
-    of every set make a row each, then come the next of every set. Pixels are true, in pictures
-    below 64 a side enlarged by a whole factor. What would make the file larger than about
-    SHEET_BYTES is left out: rows at the end, and columns down to four. So is an incomplete row.
+    of every set make a row each, then come the next of every set; an incomplete row is left out.
+    Pixel values are true; pictures of fewer than 64 pixels a side are enlarged by a whole factor.
+    To keep the file near SHEET_BYTES rows at the end are left out, then columns, down to four; with
+    `keep_columns` none of these. One row of large pictures may be more than that.
     """
     names = list(rows)
-    count, channels, side, _ = rows[names[0]].shape
-    factor = math.ceil(PICTURE_SIDE / side)
-    columns = min(columns, count)
-    whole = count // columns * columns
-    sets = [images[:whole].unflatten(0, (-1, columns)) for images in rows.values()]
-    pictures = to_uint8(torch.stack(sets, 1))  # (repeats, sets, columns, C, H, W)
-    # PNG makes noise no smaller, and what repeats in an enlarged picture only nearly vanishes.
-    picture_bytes = channels * side**2 * (4 + factor) / 5
-    fitting = int(SHEET_BYTES / picture_bytes / len(names))  # columns, of all repeats together
-    pictures = pictures[:max(1, fitting // columns), :, :max(4, fitting)]
-    pictures = pictures.flatten(0, 1).expand(-1, -1, 3, -1, -1)  # (all rows, columns, 3, H, W)
-    pictures = pictures.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
-    pictures = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
-
+    pictures = pictures_that_fit(list(rows.values()), columns, keep_columns)
+    side = pictures.shape[2]
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
-    step = factor * side + GAP
+    step = side + GAP
     height = SHEET_TOP + len(pictures) * step
     width = 10 + math.ceil(max(font.getlength(name) for name in names)) + len(pictures[0]) * step
     for line in title.split("\n"):
         width = max(width, 10 + math.ceil(font.getlength(line)))
     left = width - len(pictures[0]) * step
-    sheet = Image.new("RGB", (width, height), "white")
+    sheet = Image.new("L" if pictures.ndim == 4 else "RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((5, 4), title, "black", font)
     for i, row in enumerate(pictures):
         top = SHEET_TOP + i * step
-        if len(names) > 1 or i == 0:  # the one name of all rows is said once
+        if len(names) > 1 or i == 0:  # a single name holds for all rows and is written once
             draw.text((left - 5, top + step / 2), names[i % len(names)], "black", font, "rm")
         for j, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture), (left + j * step, top))
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
+
+
+def pictures_that_fit(sets, columns, keep_columns):
+    """The pictures of a sheet: [(N, C, H, W)] -> uint8 (rows, columns, side, side, 3), enlarged.
+
+    Grey ones are (rows, columns, side, side).
+    """
+    count, channels, side, _ = sets[0].shape
+    factor = math.ceil(PICTURE_SIDE / side)
+    columns = min(columns, count)
+    whole = count // columns * columns
+    sets = [images[:whole].unflatten(0, (-1, columns)) for images in sets]
+    pictures = to_uint8(torch.stack(sets, 1))  # (repeats, sets, columns, C, H, W)
+    # PNG cannot compress noise, and a pixel that is repeated costs a little, too: a fit to files.
+    picture_bytes = channels * side**2 * (4 + factor) / 5
+    fitting = int(SHEET_BYTES / picture_bytes / len(sets))  # of each set
+    pictures = pictures[:max(1, fitting // columns)]
+    if not keep_columns:
+        pictures = pictures[:, :, :max(4, fitting)]
+    pictures = pictures.flatten(0, 1).repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+    pictures = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
+    return pictures[..., 0] if channels == 1 else pictures
 
 
 # ---- The log: log.jsonl, the console, results.json, curves.png -----------------------------------
@@ -1631,7 +1646,7 @@ def curve_of(records, name, split):
 # ---- Devices and processes: under torchrun there are several, each with its share of a batch -----
 
 def choose_device(cfg):
-    """Settle --device, --dtype and --compile where they are open; meet the other processes."""
+    """Settle --device, --dtype, --compile, threads, where they are open; meet other processes."""
     if cfg.device == "auto":
         cfg.device = "cpu"
         if torch.cuda.is_available():
@@ -1648,17 +1663,15 @@ def choose_device(cfg):
     on_gpu = cfg.device.startswith("cuda")
     if on_gpu:
         has_bf16 = torch.cuda.get_device_capability(cfg.device) >= (8, 0)  # from Ampere on
-    else:  # where a CPU must emulate it, a step takes four times as long
+    else:
         has_bf16 = cfg.device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    if cfg.dtype == "auto":
-        cfg.dtype = "bf16" if has_bf16 else "fp32"
-    elif cfg.dtype == "bf16" and not has_bf16:
-        print(f"this {cfg.device} does not compute in bf16: --dtype fp32 is faster here",
-              flush=True)
+    emulated = cfg.dtype == "bf16" and not has_bf16 and cfg.device != "mps"
+    if cfg.dtype == "auto":  # points: two numbers each, for which bf16 brings nothing
+        cfg.dtype = "bf16" if has_bf16 and cfg.dataset not in POINTS else "fp32"
     if cfg.compile is None:
         cfg.compile = on_gpu and has_bf16 and sys.platform == "linux"
-    # Threads that share a small operation mostly wait for each other, 10,000 times a step, and if
-    # another program has one of the cores, for that program too.
+    # A step of a small network is thousands of small operations. Threads that share one mostly wait
+    # for each other, and where another program has a core, for that program: docs/performance.md.
     small = cfg.small or cfg.dataset in POINTS
     if cfg.device == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -1666,6 +1679,8 @@ def choose_device(cfg):
     # a model of more than 340 convolutions would have all of them compiled anew in every step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     join_processes(cfg.device)
+    if emulated:
+        print("bf16 is emulated on this device: --dtype fp32 is faster here", flush=True)
 
 
 def by_torchrun():

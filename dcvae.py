@@ -917,7 +917,7 @@ def train(cfg, model, images, folder, checkpoint):
     # NOTE(paper): ProGAN begins all moments anew with each side.
     learned = [p for p in model.parameters() if p.requires_grad]
     beta2 = 0.9 if cfg.backbone == "autogan" else 0.99
-    optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2))
+    optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2), foreach=True)
     if checkpoint is None:
         state = start_run(cfg, folder, images)
     else:
@@ -1040,8 +1040,9 @@ def fid_reference(cfg, images):
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
     if inception is None:
         return None
-    valid = Batches(images.valid, 100, cfg.device, count=cfg.eval_images)
-    return inception, feature_statistics(inception, (to_uint8(x) for x in valid))
+    valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
+    batches = progress("features, valid", valid, valid.count)
+    return inception, feature_statistics(inception, (to_uint8(x) for x in batches))
 
 
 # Changed from vae.py: distances and pictures; only FID says which step is best
@@ -1149,7 +1150,8 @@ def fid(cfg, model, images, test):
         return {}
     references = reference_statistics(inception, images, cfg.device)
     results = inception_metrics(inception, sample_batches(model, cfg.fid), references)
-    reconstructions = (to_uint8(model.reconstruct(x)) for x in test)
+    batches = progress("reconstructions", test, test.count)
+    reconstructions = (to_uint8(model.reconstruct(x)) for x in batches)
     for name, value in inception_metrics(inception, reconstructions, references).items():
         results[f"reconstruction_{name}"] = value
     return results
@@ -1186,12 +1188,16 @@ def probe(cfg, model, images):
     pixels = {}
     labels = {}
     for split in ("train", "test"):
-        batches = Batches(getattr(images, split), 500, cfg.device, count=most[split])
+        batches = evaluation_batches(getattr(images, split), cfg.device, most[split])
+        of_codes = []
+        of_pixels = []
         with inference(cfg, model):
-            codes[split] = torch.cat([model.encode(x) for x in batches])
-            # Averaged down to 32 to 63 a side: 60,000 larger images would not fit into memory.
-            few = [F.avg_pool2d(x, max(1, images.size // 32)).flatten(1) for x in batches]
-            pixels[split] = torch.cat(few)
+            for x in progress(f"codes, {split}", batches, batches.count):
+                of_codes.append(model.encode(x))
+                # Averaged down to 32 to 63 a side: 60,000 larger images would not fit into memory.
+                of_pixels.append(F.avg_pool2d(x, max(1, images.size // 32)).flatten(1))
+        codes[split] = torch.cat(of_codes)
+        pixels[split] = torch.cat(of_pixels)
         labels[split] = label_values(cfg, images, split)[:batches.count].to(cfg.device)
     results = {"probe_images": len(codes["train"])}
     for name, features in (("probe", codes), ("pixels", pixels)):
@@ -1205,11 +1211,10 @@ def probe(cfg, model, images):
 
 # Changed from vae.py: codes instead of noise
 def save_figures(cfg, model, images, folder, split, step):
-    """Sheets of one split's images: samples/, 64 of them; reconstructions/, rows x, x̂."""
+    """Sheets: samples/; reconstructions/ of the split's first images, rows x, x̂."""
     x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
-    name = "test" if split == "test" else f"{step:06d}"
     title = sheet_title(cfg, images, split, step)
-    sampled = reconstructed = name
+    sampled = reconstructed = step_name(split, step)
     prior = "z ~ N(0, 1)"
     code = "z the mean of q(z|x)"
     if cfg.clamp:
@@ -1236,20 +1241,21 @@ def save_interpolations(cfg, model, images, folder, step):
     lines = model.interpolate(x, x.roll(1, 0))  # (8, 8, C, H, W)
     save_sheet(folder / "interpolations" / "test.png",
                f"{sheet_title(cfg, images, 'test', step)}\nfrom one image's code to another's",
-               {"along z": lines.flatten(0, 1)})
+               {"along z": lines.flatten(0, 1)}, keep_columns=True)
 
 
 def save_mixing(cfg, model, images, folder, step):
-    """mixing/: images on the left, with parts of the codes of those in the top row (Figure 12)."""
-    x = first_images(images.test, 16, cfg.device)
-    left = x[:7]
-    top = x[-7:]
+    """mixing/: images on the left, with half of the codes of those in the top row (Figure 12)."""
+    n = 7 if images.size <= 32 else 3  # as many as fit
+    x = first_images(images.test, 2 * n, cfg.device)
+    left = x[:n]
+    top = x[n:]
     corner = torch.ones_like(x[:1])
-    rows = torch.cat([left.unsqueeze(1), model.mix(left, top)], 1).flatten(0, 1)
-    save_sheet(folder / "mixing" / "test.png",
-               f"{sheet_title(cfg, images, 'test', step)}\n"
-               "codes of the images at the left, half of each from the image at the top",
-               {"x̂ of mixed z": torch.cat([corner, top, rows])})
+    rows = {"half of z from these": torch.cat([corner, top])}
+    for i, mixed in enumerate(model.mix(left, top)):
+        rows[f"half of z from image {i + 1}"] = torch.cat([left[i:i + 1], mixed])
+    save_sheet(folder / "mixing" / "test.png", sheet_title(cfg, images, "test", step), rows,
+               columns=n + 1, keep_columns=True)
 
 
 def save_editing(cfg, model, images, folder, step):
@@ -1276,7 +1282,7 @@ def save_editing(cfg, model, images, folder, step):
     save_sheet(folder / "editing" / f"test-{cfg.label_column}-{value}.png",
                f"{sheet_title(cfg, images, 'test', step)}\n"
                f"x, then its code plus 0, ½, 1 … 3 times the direction to label {value}",
-               {"x̂ of edited z": rows})
+               {"x, x̂ of edited z": rows}, keep_columns=True)
 
 
 # --- same in every script -------------------------------------------------------------------------
@@ -1284,7 +1290,7 @@ def save_editing(cfg, model, images, folder, step):
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
+IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1483,14 +1489,15 @@ def print_header(cfg, folder, model, images):
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {where}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}", flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size
-    days = seen / IMAGES_PER_SECOND / 86_400
+        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
+    rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
+    days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
-        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
-              "images/s; --small is the size for a CPU")
+        print(f"at the paper's size this takes a CPU about {days:.1f} days, if it trains "
+              f"{rate:.2g} images/s; --small is for CPUs", flush=True)
 
 
 def device_and_precision(cfg):
@@ -1498,7 +1505,13 @@ def device_and_precision(cfg):
     if cfg.device != "cpu":
         return f"{cfg.device}, {cfg.dtype}"
     threads = torch.get_num_threads()
-    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+    unit = "thread" if threads == 1 else "threads"
+    return f"cpu, {threads} {unit}, {cfg.dtype}"
+
+
+def step_name(split, step):
+    """What a figure is called: "test", of a validation its step."""
+    return "test" if split == "test" else f"{step:06d}"
 
 
 def sheet_title(cfg, images, split, step):

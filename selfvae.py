@@ -696,10 +696,10 @@ def posterize(y):
 
 def downscale_interval(y, pixels, x):
     """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    left = 4 * y - sum(pixels)
+    rest = 4 * y - sum(pixels)  # for this value and those to come
     most_later = 255 * (3 - len(pixels))
-    low = left - (2 + most_later)
-    high = left + 1
+    low = rest - (2 + most_later)
+    high = rest + 1
     return low.clamp(min=0), high.clamp(max=255)
 
 
@@ -1265,47 +1265,53 @@ def enlarged(y, x):
     return F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
 
 
-SHORT = {"conditional_reconstruct": "CR", "conditional_generate": "CG",  # Figures 6, 12, 14
-         "reconstruct_1": "RS1", "reconstruct_2": "RS2"}
+# What the paper's Figures 6, 12 and 14 call the operations.
+ABBREVIATIONS = {"conditional_reconstruct": "CR", "conditional_generate": "CG",
+                 "reconstruct_1": "RS1", "reconstruct_2": "RS2"}
 
 
 # Changed from vae.py: the representations and the operations
 def save_figures(cfg, model, images, folder, split, step):
-    """Sheets of one split's images, by folder; every y is shown at the size of x.
+    """Sheets, by folder; every y is shown at the size of x, the split's first images.
 
         samples/            rows y_1, …, y_K, x
-        reconstructions/    rows x, y_K, then x̂ by the operations in SHORT; for K = 0 rows x, x̂
+        reconstructions/    rows x, y_K, then x̂ by the operations of ABBREVIATIONS; K = 0: x, x̂
         superresolution/    for downscaling, rows y_K, its bicubic enlargement, CG, x
     """
     K = model.K
-    x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
+    count = 32 if images.size < 32 else 8  # as many as fit
+    x = next(iter(Batches(getattr(images, split), count, cfg.device, count=count)))
+    title = f"{sheet_title(cfg, images, split, step)}\n{how_drawn(cfg, model)}"
+    warmth = f", temperature {cfg.temperature:g}"
+    name = f"{figure_name(cfg, split, step)}.png"
+
     values, _ = model.decode({}, 32, cfg.temperature, cfg.mean)
     samples = {f"y_{k}": enlarged(values[f"y_{k}"], x) for k in range(1, K + 1)}
     samples["x"] = values[f"y_{K + 1}"]
-    sheets = {"samples": samples, "reconstructions": {"x": x}}
+    save_sheet(folder / "samples" / name, title + warmth, samples)
     if K == 0:
-        sheets["reconstructions"]["x̂"] = model.reconstruct(x, cfg.mean)
-    else:
-        y = model.representations(x)[K]
-        drawn = {}
-        for operation, short in SHORT.items():
-            sent = ", ".join(model.operations[operation])
-            drawn[f"{short}: x̂ from {sent}"] = model.reconstruct(x, cfg.mean, operation,
-                                                                 cfg.temperature)
-        sheets["reconstructions"] |= {f"y_{K}": enlarged(y, x), **drawn}
-        if cfg.transform == "downscale":
-            given_y = f"CG: x̂ from y_{K}"
-            sheets["superresolution"] = {f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x),
-                                         given_y: drawn[given_y], "x": x}
-    for kind, rows in sheets.items():
-        path = folder / kind / figure_name(cfg, split, step)
-        save_sheet(path, sheet_title(cfg, images, split, step) + how_drawn(cfg), rows)
+        save_sheet(folder / "reconstructions" / name, title,
+                   {"x": x, "x̂": model.reconstruct(x, cfg.mean)})
+        return
+
+    y = model.representations(x)[K]
+    rows = {"x": x, f"y_{K}": enlarged(y, x)}
+    for operation, abbreviation in ABBREVIATIONS.items():
+        x_hat = model.reconstruct(x, cfg.mean, operation, cfg.temperature)
+        rows[f"{abbreviation}: x̂ from {', '.join(model.operations[operation])}"] = x_hat
+        if operation == "conditional_generate":
+            from_y = x_hat
+    save_sheet(folder / "reconstructions" / name, title + warmth, rows)
+    if cfg.transform == "downscale":
+        save_sheet(folder / "superresolution" / name, title + warmth, {
+            f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x), f"CG: x̂ from y_{K}": from_y,
+            "x": x})
 
 
-def how_drawn(cfg):
-    """The second line of a sheet's title."""
-    shown = "means of p(y|·) and p(x|·)" if cfg.mean else "draws from p(y|·) and p(x|·)"
-    return f"\n{shown}, temperature {cfg.temperature:g}"
+def how_drawn(cfg, model):
+    """What a sheet shows of p(y|·) and p(x|·)."""
+    shown = "means" if cfg.mean else "draws"
+    return f"{shown} of p(y|·) and p(x|·)" if model.K else f"{shown} of p(x|u)"
 
 
 def save_latent_space(cfg, model, images, folder, step):
@@ -1313,17 +1319,19 @@ def save_latent_space(cfg, model, images, folder, step):
 
         interpolations/    rows, each from one image to another along a straight line in u; for a
                            flow prior the same in v
-        variations/        rows, each an image and 7 that share a u ~ q(u|y_1) with it. In one set
-                           of rows all z_k are drawn anew; for K > 1 there is a set for each k, in
-                           which only z_k is drawn anew
+        variations/        rows, each an image and 7 that share a u ~ q(u|y_1) with it, every y
+                           drawn anew. In one set of rows all z_k are drawn anew, too; for K > 1
+                           there is a set for each k, in which only z_k is
     """
     x = next(iter(Batches(images.test, 8, cfg.device, count=8)))
-    title = sheet_title(cfg, images, "test", step) + how_drawn(cfg)
+    title = f"{sheet_title(cfg, images, 'test', step)}\n{how_drawn(cfg, model)}"
+    name = figure_name(cfg, "test", step)
     spaces = ("u", "v") if cfg.prior == "realnvp" else ("u",)
     for space in spaces:
         lines = model.interpolate(x, x.roll(1, 0), 8, cfg.mean, base=space == "v")
-        path = folder / "interpolations" / figure_name(cfg, "test", step, f"-{space}")
-        save_sheet(path, title, {f"along {space}": lines.flatten(0, 1)})
+        save_sheet(folder / "interpolations" / f"{name}-{space}.png",
+                   f"{title}, z the means of p(z|·)" if model.K else title,
+                   {f"along {space}": lines.flatten(0, 1)}, keep_columns=True)
     if model.K == 0:
         return
     latents = model.latents[1:]
@@ -1334,19 +1342,20 @@ def save_latent_space(cfg, model, images, folder, step):
     for redrawn in choices:
         varied = model.vary(x, redrawn, 7, cfg.temperature, cfg.mean)
         together = torch.cat([x.unsqueeze(1), varied], 1)  # (8, 8, C, H, W)
-        rows[f"x, then other {', '.join(redrawn)}"] = together.flatten(0, 1)
-    save_sheet(folder / "variations" / figure_name(cfg, "test", step), title, rows)
+        rows[f"x, then {', '.join(redrawn)} anew"] = together.flatten(0, 1)
+    save_sheet(folder / "variations" / f"{name}.png",
+               f"{title}, temperature {cfg.temperature:g}", rows, keep_columns=True)
 
 
 # Copied from vae.py: figure_name
-def figure_name(cfg, split, step, ending=""):
-    """The file name of a figure, which says what --mean and --temperature changed."""
-    name = "test" if split == "test" else f"{step:06d}"
+def figure_name(cfg, split, step):
+    """The file name of a figure, with --mean and --temperature where they changed it."""
+    name = step_name(split, step)
     if cfg.mean:
         name += "-mean"
     if cfg.temperature != 1:
         name += f"-temperature{cfg.temperature:g}"
-    return f"{name}{ending}.png"
+    return name
 
 
 # --- same in every script -------------------------------------------------------------------------
@@ -1354,7 +1363,7 @@ def figure_name(cfg, split, step, ending=""):
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # in training at the paper's size, on a CPU's few cores: a rough guess
+IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1553,14 +1562,15 @@ def print_header(cfg, folder, model, images):
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {where}; writing to {folder}")
+          f"{images.shape}; {where}; writing to {folder}", flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size
-    days = seen / IMAGES_PER_SECOND / 86_400
+        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
+    rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
+    days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
-        print(f"the paper's size on a CPU: some {days:.1f} days if it trains {IMAGES_PER_SECOND} "
-              "images/s; --small is the size for a CPU")
+        print(f"at the paper's size this takes a CPU about {days:.1f} days, if it trains "
+              f"{rate:.2g} images/s; --small is for CPUs", flush=True)
 
 
 def device_and_precision(cfg):
@@ -1568,7 +1578,13 @@ def device_and_precision(cfg):
     if cfg.device != "cpu":
         return f"{cfg.device}, {cfg.dtype}"
     threads = torch.get_num_threads()
-    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}, {cfg.dtype}"
+    unit = "thread" if threads == 1 else "threads"
+    return f"cpu, {threads} {unit}, {cfg.dtype}"
+
+
+def step_name(split, step):
+    """What a figure is called: "test", of a validation its step."""
+    return "test" if split == "test" else f"{step:06d}"
 
 
 def sheet_title(cfg, images, split, step):

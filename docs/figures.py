@@ -29,11 +29,12 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib.image
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.distributions import Independent, Normal
 
 FOLDER = Path(__file__).resolve().parent / "figures"
@@ -343,46 +344,52 @@ def trained(run, data_dir):
 
 
 @torch.no_grad()
+def given_y(run, data_dir):
+    """Of eight test images: x, y and a draw of x given y by a run -> a dict, with its model."""
+    cfg, images, model = trained(run, data_dir)
+    x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
+    y = model.representations(x)[model.K]
+    torch.manual_seed(0)
+    draw = model.reconstruct(x, operation="conditional_generate")
+    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test\ndraws of x given y"
+    return {"cfg": cfg, "model": model, "x": x, "y": y, "draw": draw, "title": title}
+
+
 def exact(*runs, data_dir="data"):
-    """Test images, their y, and for each run a draw of x given y and 8 |d(x̂) - y|, 8 in a row."""
+    """Test images, their y, and for each run a draw of x given y and 8 |d(x̂) - y|."""
     rows = {}
     for run in runs:
-        cfg, images, model = trained(run, data_dir)
-        x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
-        y = model.representations(x)[model.K]
-        torch.manual_seed(0)
-        draw = model.reconstruct(x, operation="conditional_generate")
-        missed = (model.representations(draw)[model.K] - y).abs()
-        flag = "--exact" if cfg.exact else "without --exact"
-        rows |= {"x": x, "y = d(x)": selfvae.enlarged(y, x), f"x̂ from y, {flag}": draw,
-                 f"8 |d(x̂) - y|, {flag}": selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)}
-    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test"
-    save_sheet(FOLDER / "exact.png", f"{title}\ndraws of x given y; black: d(x̂) is y", rows)
+        of = given_y(run, data_dir)
+        x = of["x"]
+        model = of["model"]
+        missed = (model.representations(of["draw"])[model.K] - of["y"]).abs()
+        name = "--exact" if of["cfg"].exact else "without --exact"
+        rows |= {"x": x, "y = d(x)": selfvae.enlarged(of["y"], x), f"x̂ from y, {name}": of["draw"],
+                 f"8 |d(x̂) - y|, {name}": selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)}
+    save_sheet(FOLDER / "exact.png", of["title"], rows, keep_columns=True)
 
 
-@torch.no_grad()
 def given(*runs, data_dir="data"):
-    """x, then for each run y and a draw of x given y, 8 in a row."""
+    """x, then for each run y and a draw of x given y."""
     rows = {}
     for run in runs:
-        cfg, images, model = trained(run, data_dir)
-        x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
-        y = model.representations(x)[model.K]
-        torch.manual_seed(0)
-        draw = model.reconstruct(x, operation="conditional_generate")
-        rows |= {"x": x, f"y: {cfg.transform}": selfvae.enlarged(y, x),
-                 f"x̂ from y: {cfg.transform}": draw}
-    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test"
-    save_sheet(FOLDER / "given.png", f"{title}\ndraws of x given y", rows)
+        of = given_y(run, data_dir)
+        name = of["cfg"].transform
+        rows |= {"x": of["x"], f"y: {name}": selfvae.enlarged(of["y"], of["x"]),
+                 f"x̂ from y: {name}": of["draw"]}
+    save_sheet(FOLDER / "given.png", of["title"], rows, keep_columns=True)
 
 
 def first_row(path, side):
     """The pictures in the first row of a sheet of 8 columns -> (8, 3, side, side) in [-1, 1]."""
     factor = math.ceil(PICTURE_SIDE / side)
     step = factor * side + GAP
-    row = torch.tensor(matplotlib.image.imread(path)[SHEET_TOP:SHEET_TOP + step, -8 * step:, :3])
+    sheet = from_uint8(torch.tensor(np.asarray(Image.open(path).convert("RGB"))))
+    if (len(sheet) - SHEET_TOP) % step:
+        sys.exit(f"{path} is no sheet of today's scripts")
+    row = sheet[SHEET_TOP:SHEET_TOP + step, -8 * step:]
     pictures = row.unflatten(1, (8, step)).permute(1, 3, 0, 2)
-    return 2 * pictures[..., :-GAP:factor, :-GAP:factor] - 1
+    return pictures[..., :-GAP:factor, :-GAP:factor]
 
 
 def sides(run):
@@ -396,7 +403,7 @@ def sides(run):
         if alpha == 1:
             last[f"{side}x{side}"] = first_row(path, size)
     save_sheet(FOLDER / "sides.png", f"dcvae.py, {cfg.dataset} {size}x{size}\n"
-               "samples of the same codes at the end of each side", last)
+               "samples of the same codes at the end of each side", last, keep_columns=True)
 
 
 # ---- race ----------------------------------------------------------------------------------------

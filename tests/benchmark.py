@@ -10,6 +10,8 @@
     python tests/benchmark.py sides         dcvae.py on ProGAN's networks, grown to 512x512: a step
                                             of each side, stable and fading
     python tests/benchmark.py streaming     a set that is read from disk against the same in memory
+    python tests/benchmark.py threads       steps of selfvae.py --small by 1 and 2 threads, alone
+                                            and beside another busy program
     python tests/benchmark.py step vae 32 0 32 bf16
                                             one: script, side, levels, batch, mode; see `measure`
 
@@ -124,7 +126,7 @@ def bound_seconds(script, side, levels, batch, mode, steps, counter):
                 type(block).forward = released_forward
         model = model.to(memory_format=torch.contiguous_format)
     x = noise(batch, side)
-    optimizer = torch.optim.Adamax(model.parameters())
+    optimizer = torch.optim.Adamax(model.parameters(), foreach=mode != "released")
     terms_of = torch.compile(model.terms, fullgraph=True) if mode == "compile" else model.terms
 
     def step():
@@ -276,7 +278,7 @@ def streaming(gib=6, side=64):
     count = int(gib * 2**30) // (3 * side**2)
     cfg = vae.Config(small=True, dtype="bf16", device=DEVICE)
     model = vae.VAE(cfg, (3, side, side)).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adamax(model.parameters())
+    optimizer = torch.optim.Adamax(model.parameters(), foreach=True)
     (ROOT / "data").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
         path = Path(folder, "train.npy")
@@ -300,6 +302,45 @@ def streaming(gib=6, side=64):
                 times.append(time.perf_counter() - start)
             kept = "resident" if data.resident else "memory-mapped"
             print(f"{name} ({kept}): {sum(times[2:]) / 20:.3f} s a step of 32 images", flush=True)
+
+
+def threads(steps=10):
+    """Seconds a step, by the clock and of the CPU, alone and beside a program that never waits."""
+    print("| selfvae.py --small | dtype | batch | threads | beside it | s a step | CPU seconds |\n"
+          "|---|---|---|---|---|---|---|")
+    for size, levels, batch in ((16, 1, 8), (32, 1, 16), (64, 2, 8)):
+        cfg = selfvae.Config(small=True, exact=True, size=size, levels=levels, device="cpu")
+        common.choose_device(cfg)
+        model = selfvae.SelfVAE(cfg, (3, size, size)).to(memory_format=torch.channels_last)
+        x = noise(batch, size)
+        model.initialize(x)
+        optimizer = torch.optim.Adamax(model.parameters(), foreach=True)
+
+        def step():
+            with selfvae.autocast(cfg):
+                terms = model.terms(x)
+            optimizer.zero_grad()
+            sum(terms.values()).mean().backward()
+            optimizer.step()
+
+        for beside, body in (("nothing", "pass"), ("a program", "while True: pass")):
+            program = subprocess.Popen([sys.executable, "-c", body])
+            try:
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    step()
+                    step()
+                    start = time.perf_counter()
+                    start_of_cores = time.process_time()
+                    for _ in range(steps):
+                        step()
+                    seconds = (time.perf_counter() - start) / steps
+                    of_cores = (time.process_time() - start_of_cores) / steps
+                    print(f"| K = {levels}, {size}x{size} | {cfg.dtype} | {batch} | {count} "
+                          f"| {beside} | {seconds:.2f} | {of_cores:.2f} |", flush=True)
+            finally:
+                program.kill()
+                program.wait()
 
 
 def sides(size=512, batch=4):
@@ -344,7 +385,7 @@ def main(words):
         measure(script, int(side), int(levels), int(batch), mode)
     elif words:
         commands = {f.__name__: f for f in (growth, importance, sampling, roof, sides,
-                                             streaming)}
+                                             streaming, threads)}
         command = commands[words[0]]
         command()
     else:

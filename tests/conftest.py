@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
+from PIL import Image
 from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Threads of several processes would wait for each other, and for any other busy program.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import GAP, PICTURE_SIDE, SHEET_TOP, make_shapes  # noqa: E402 (needs the path above)
 from exercises import exercises  # noqa: E402
@@ -97,9 +100,9 @@ def narrow_networks(patch):
 def pictures_on(path, side, columns=8):
     """The pictures of a sheet, which are `side` pixels wide before they are enlarged.
 
-    -> uint8 (rows, columns, side, side, 3), every pixel of an enlarged picture seen to be alike.
+    -> uint8 (rows, columns, side, side, 3). It asserts that copies of an enlarged pixel are alike.
     """
-    sheet = (imread(path)[..., :3] * 255).round().astype(np.uint8)
+    sheet = np.asarray(Image.open(path).convert("RGB"))
     factor = -(-PICTURE_SIDE // side)
     step = factor * side + GAP
     assert (sheet.shape[0] - SHEET_TOP) % step == 0

@@ -16,14 +16,19 @@ import pytest
 import torch
 from common import UserError, from_uint8, make_shapes, read_log
 from conftest import ROOT, SCRIPTS, narrow_networks
+from test_runs import cut_short, nothing
 from torchvision.utils import save_image
 
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch):
+def quick(monkeypatch):
+    """Networks are narrow, evaluations short, and there are no figures but curves."""
     narrow_networks(monkeypatch)
+    cut_short(monkeypatch)
+    for script in SCRIPTS:
+        monkeypatch.setattr(f"{script}.save_figures", nothing)
 
 
 def one_line(capsys):
@@ -222,7 +227,7 @@ def test_timing_says_so_and_ends(capsys):
     model = Slow()
     assert common.seconds_to_sample(model, 7, limit=0) >= 0
     assert model.calls == 2  # once to warm up
-    assert "sampling time: 7 images" in capsys.readouterr().out
+    assert "sampling of 7 at a time" in capsys.readouterr().out
     common.seconds_to_sample(model, 7)
     assert model.calls == 2 + 11
 

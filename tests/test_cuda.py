@@ -91,10 +91,11 @@ def test_selfvae(on_gpu, levels, transform, prior, exact):
     known, q = model.infer(x, model.operations["conditional_reconstruct"])
     values, p = model.decode(known, len(x), mean=True)
     assert_on_gpu(*values.values(), *(p[name].log_prob(known[name]) for name in known))
-    if levels == 2:  # the others have the same lines
+    # The others have the same lines.
+    if levels == 2:
         for operation in model.operations:
             assert_on_gpu(model.reconstruct(x, operation=operation))
-    if transform in ("downscale", "sketch"):  # the others have the same lines
+    elif transform in ("downscale", "sketch"):
         assert_on_gpu(model.log_weights(x, 2), model.sample(2), model.vary(x, ["u"], 2))
         assert_on_gpu(model.interpolate(x, x, 3, base=prior == "realnvp"))
 

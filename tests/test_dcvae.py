@@ -1015,7 +1015,7 @@ def test_adam_and_images_as_released(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Adam", make_adam)
     play(tmp_path, model=model, lr=Config().lr)
-    assert given == [{"lr": 2e-4, "betas": (0.0, 0.9)}]
+    assert given == [{"lr": 2e-4, "betas": (0.0, 0.9), "foreach": True}]
     known = {image.tobytes() for image in noise_pixels(40)[:32]}
     for _, x, _ in seen:
         for image in to_uint8(x).permute(0, 2, 3, 1):

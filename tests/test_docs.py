@@ -469,7 +469,8 @@ def test_figures_can_be_drawn(tmp_path, monkeypatch, tiny_data, capsys):
         figures.tighten(tmp_path)
 
 
-@pytest.mark.parametrize("name, other, rows", [("given", "posterize", 5), ("exact", "downscale", 6)])
+@pytest.mark.parametrize("name, other, rows", [
+    ("given", "posterize", 5), ("exact", "downscale", 6)])
 def test_figures_of_x_given_y(name, other, rows, tmp_path, monkeypatch, tiny_data):
     """x once, then for every run y, draws of x given y and, of the exact one, what d misses."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
