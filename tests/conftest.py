@@ -15,7 +15,7 @@ from PIL import Image
 from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "docs" / "lab")]
 # Threads of several processes would wait for each other, and for any other busy program.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -147,14 +147,14 @@ def no_noise(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def grades(request):
-    """-> a function that returns what `python tests/exercises.py grade` prints.
+    """-> a function that returns what `python docs/exercises.py grade` prints.
 
     It takes long, so it is started with the session.
     """
     names = [getattr(item, "originalname", "") for item in request.session.items]
     process = None
     if GRADED in names:
-        command = [sys.executable, ROOT / "tests" / "exercises.py", "grade"]
+        command = [sys.executable, ROOT / "docs" / "exercises.py", "grade"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
 
     def printed():

@@ -23,9 +23,10 @@ def text_of(path):
 
 
 SOURCES = {f"{name}.py": text_of(ROOT / f"{name}.py") for name in ["common", *SCRIPTS]}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = ROOT / "docs" / "README.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {INDEX})]
 TESTS = {f"tests/{path.name}": text_of(path) for path in sorted((ROOT / "tests").glob("*.py"))}
-OTHERS = {f"docs/{path.name}": text_of(path) for path in (ROOT / "docs").glob("*.py")}
+OTHERS = {str(path.relative_to(ROOT)): text_of(path) for path in (ROOT / "docs").rglob("*.py")}
 PYTHON = {**SOURCES, **TESTS, **OTHERS}
 REGION = "# --- same in every script ---"
 MARK = re.compile(r"# (Copied|Changed) from (\w+\.py): (.*)")
@@ -174,8 +175,8 @@ def test_checker_notices_tampering(before, after, told):
 
 ALLOWED = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "matplotlib", "pytest"}
 ALLOWED |= {"PIL"}  # which torchvision brings along
-LOCAL = {"conftest", "exercises", "longruns", "pair", "test_agreements", "test_runs",
-         "wake", *SCRIPTS}
+LOCAL = {"conftest", "exercises", "figures", "longruns", "two_processes", "test_agreements",
+         "test_runs", "waking_z", *SCRIPTS}
 
 
 @pytest.mark.parametrize("file", PYTHON)
@@ -516,7 +517,7 @@ def test_commands_in_the_docstring_parse(script):
 def test_no_machine_paths():
     """Nothing points to the machine that it was written on."""
     private = re.compile("/" + "work" + "/|/" + "root" + "/|/" + "home" + r"/\w")
-    files = {*PAGES[1:], *ROOT.glob("*.*"), *ROOT.glob("tests/*.py")}
+    files = {*PAGES[1:], *ROOT.glob("*.*"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/**/*.*")}
     for path in files:
         if path.suffix in (".py", ".md", ".txt"):
             assert not private.search(path.read_text(encoding="utf-8")), path.name

@@ -19,7 +19,7 @@ from conftest import ROOT, SCRIPTS, narrow_networks
 from test_runs import cut_short, nothing
 from torchvision.utils import save_image
 
-PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
+PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/**/*.py")]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ import common
 import longruns
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks, pictures_on
 from exercises import definition, emptied, exercises, lines_of, trees
-from test_agreements import MARK, PAGES, PYTHON, SOURCES, commands
+from test_agreements import INDEX, MARK, PAGES, PYTHON, SOURCES, commands
 from test_runs import cut_short, nothing
 
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
@@ -44,7 +44,7 @@ TESTS = all_tests()
 
 
 def test_rows_of_the_results_are_those_of_the_runs(capsys):
-    """Else a number in results.md was typed by hand, or is of another run than docs/logs."""
+    """Else a number in results.md was typed by hand, or is of another run than docs/lab/logs."""
     longruns.main("table")
     printed = capsys.readouterr().out.splitlines()
     shown = []
@@ -378,7 +378,8 @@ def anchors(text):
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("docs/**/README.md")],
+                         ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
@@ -390,6 +391,16 @@ def test_links_resolve(page):
         assert target.exists(), f"{page.name}: {link}"
         text = target.read_text(encoding="utf-8") if anchor else ""
         assert not anchor or anchor in anchors(text), f"{page.name}: {link}"
+
+
+def test_the_index_has_every_page():
+    """Of docs/, and of its lab every program."""
+    text = INDEX.read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"({page.name})" in text
+    text = (ROOT / "docs" / "lab" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs" / "lab").glob("*.py"):
+        assert f"({path.name})" in text
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -415,10 +426,10 @@ def made_by(picture, section):
     """
     script, what, *_ = [*picture.removesuffix(".png").split("-"), ""]
     if script not in MODELS:
-        drawn = re.search(rf"python (docs/figures|tests/benchmark)\.py {script}\b", section)
+        drawn = re.search(rf"python docs/lab/(figures|benchmark)\.py {script}\b", section)
         by_code = re.search(rf"```python(?:(?!```).)*{script}\.png", section, re.S)
         return bool(drawn or by_code)
-    if picture.endswith("-losses.png") and "python tests/compare.py" not in section:
+    if picture.endswith("-losses.png") and "python docs/lab/four_losses.py" not in section:
         return False
     for name, words in commands(section):
         if name == script and (what in words or what == "shapes"):
@@ -444,11 +455,10 @@ def test_figures_are_small_and_have_their_command():
 
 
 def test_figures_can_be_drawn(tmp_path, monkeypatch, tiny_data, capsys):
-    """docs/figures.py: those that take a second, and, on a few grey shapes, that which trains.
+    """docs/lab/figures.py: those that take a second, and, on a few grey shapes, that which trains.
 
     A run of another script is refused.
     """
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     (tmp_path / "mnist-32").mkdir()
@@ -473,7 +483,6 @@ def test_figures_can_be_drawn(tmp_path, monkeypatch, tiny_data, capsys):
     ("given", "posterize", 5), ("exact", "downscale", 6)])
 def test_figures_of_x_given_y(name, other, rows, tmp_path, monkeypatch, tiny_data):
     """x once, then for every run y, draws of x given y and, of the exact one, what d misses."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     narrow_networks(monkeypatch)
@@ -734,9 +743,8 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
 
     Nothing that somebody wrote is overwritten, and a solution brings back its functions alone.
     """
-    (tmp_path / "tests").mkdir()
     (tmp_path / "docs").mkdir()
-    for file in ("common.py", "selfvae.py", "tests/exercises.py", "docs/exercises.md"):
+    for file in ("common.py", "selfvae.py", "docs/exercises.py", "docs/exercises.md"):
         shutil.copy(ROOT / file, tmp_path / file)
     path = tmp_path / "common.py"
     ours = path.read_text(encoding="utf-8")
@@ -751,25 +759,25 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     committed = shell("git init -q && git add . && "
                       "git -c user.name=a -c user.email=a commit -qm one")
     assert committed.returncode == 0
-    assert shell("python tests/exercises.py 1 4").returncode == 0
+    assert shell("python docs/exercises.py 1 4").returncode == 0
     assert emptied_functions() == 3  # exercise 4 has two here, and one in selfvae.py
     raised = "raise NotImplementedError('exercise 1: log_mean_exp')"
     mine = path.read_text(encoding="utf-8").replace(raised, "return 'mine'")
     path.write_text(mine, encoding="utf-8")
-    refused = shell("python tests/exercises.py 1")
+    refused = shell("python docs/exercises.py 1")
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1 and "log_mean_exp" in refused.stderr
     assert path.read_text(encoding="utf-8") == mine
-    assert shell("python tests/exercises.py 4 --solution").returncode == 0
+    assert shell("python docs/exercises.py 4 --solution").returncode == 0
     assert emptied_functions() == 0
     assert "return 'mine'" in path.read_text(encoding="utf-8")
-    assert shell("python tests/exercises.py 1 --solution").returncode == 0
+    assert shell("python docs/exercises.py 1 --solution").returncode == 0
     assert path.read_text(encoding="utf-8") == ours
     for words, told in (("99", "--solution"), ("", "--solution"), ("1 2", "realnvp.py")):
-        refused = shell(f"python tests/exercises.py {words}")
+        refused = shell(f"python docs/exercises.py {words}")
         assert refused.returncode == 2 and told in refused.stderr
         # 2 is of a file that is not here: 1 is left alone too.
         assert path.read_text(encoding="utf-8") == ours
     path.write_text(ours.replace("def log_mean_exp(", "def log_mean_exp(("), encoding="utf-8")
-    refused = shell("python tests/exercises.py 1 --solution")
+    refused = shell("python docs/exercises.py 1 --solution")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1

@@ -16,7 +16,7 @@ import selfvae
 import torch
 import vae
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks, seeded
-from pair import nothing, plain, short
+from two_processes import nothing, plain, short
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHEAP = {"vae": dict(prior="normal"), "selfvae": dict(prior="normal"), "realnvp": {},
@@ -97,7 +97,7 @@ def two(tiny_data, tmp_path_factory):
                 line = flags_for(script, tiny_data, runs, name="resumed", resume=True, **cheap)
                 lines.append((script, [*line, "--steps", "4"], None))
     (folder / "lines.json").write_text(json.dumps(lines), encoding="utf-8")
-    command = [*TORCHRUN, str(ROOT / "tests" / "pair.py"), str(folder / "lines.json")]
+    command = [*TORCHRUN, str(ROOT / "tests" / "two_processes.py"), str(folder / "lines.json")]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ONE_THREAD,
                           timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

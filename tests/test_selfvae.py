@@ -14,7 +14,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import selfvae
 import vae
-import wake
+import waking_z
 from common import (
     Batches, Dmol, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, psnr, quantize,
     to_uint8)
@@ -995,7 +995,7 @@ def test_variations_share_the_other_latents(redrawn):
         assert not torch.equal(z[0], z[1])
 
 
-# ---- What tests/wake.py changes in training ------------------------------------------------------
+# ---- What docs/lab/waking_z.py changes in training ---------------------------------------------
 
 @pytest.mark.parametrize("levels, names", [
     (0, ["kl_u"]), (1, ["kl_z_1"]), (2, ["kl_z_1", "kl_z_2"])])
@@ -1004,8 +1004,8 @@ def test_warm_up(monkeypatch, levels, names):
 
     Initialisation and the bound do not count as steps.
     """
-    monkeypatch.setattr(wake, "WARM_UP_STEPS", 4)
-    model = wake.WarmUp(Config(levels=levels, small=True), (3, 32, 32))
+    monkeypatch.setattr(waking_z, "WARM_UP_STEPS", 4)
+    model = waking_z.WarmUp(Config(levels=levels, small=True), (3, 32, 32))
     x = noise_images(4, size=32)
     model.initialize(x)
     for weight in (0.25, 0.5, 0.75, 1, 1):
@@ -1021,7 +1021,7 @@ def test_warm_up(monkeypatch, levels, names):
 @pytest.mark.parametrize("free", [0.999, 2.0])
 def test_free_bits(monkeypatch, levels, name, free):
     """A mean KL above what is free has its whole gradient, one below it costs that and has none."""
-    model = wake.FreeBits(Config(levels=levels, small=True), (3, 16, 16))
+    model = waking_z.FreeBits(Config(levels=levels, small=True), (3, 16, 16))
     x = noise_images(4)
     terms = seeded(model.terms, x)
     kl = terms[name].mean()
@@ -1029,7 +1029,7 @@ def test_free_bits(monkeypatch, levels, name, free):
     bias = (model.q_z[0] if levels else model.q_u)[-1].bias
     wanted, = torch.autograd.grad(kl, bias)
     assert wanted.abs().max() > 0
-    monkeypatch.setattr(wake, "FREE_NATS", free * kl.item())
+    monkeypatch.setattr(waking_z, "FREE_NATS", free * kl.item())
     costs = seeded(model, x)
     gradient, = torch.autograd.grad(costs[name].mean(), bias)
     torch.testing.assert_close(gradient, wanted if free < 1 else 0 * wanted)
@@ -1039,7 +1039,7 @@ def test_free_bits(monkeypatch, levels, name, free):
 
 def test_without_y():
     """Where z is known, p(x|y, z) differs from one y to another by its shift alone."""
-    model = wake.WithoutY(Config(levels=2, small=True), (3, 32, 32))
+    model = waking_z.WithoutY(Config(levels=2, small=True), (3, 32, 32))
     p_x = model.p_x[1]
     z = torch.randn(1, *selfvae.LATENT)
     seen = inputs_of(p_x.joint[0])
@@ -1050,4 +1050,4 @@ def test_without_y():
     assert not torch.equal(*means)
     for flags in (dict(levels=0), dict(exact=True)):
         with pytest.raises(UserError, match="levels 1 or more and no --exact"):
-            wake.WithoutY(Config(small=True, **flags), (3, 32, 32))
+            waking_z.WithoutY(Config(small=True, **flags), (3, 32, 32))

@@ -1,24 +1,26 @@
 """Draws the figures of the derivations with the scripts' own functions.
 
-    python docs/figures.py levels      a second: selfVAE's graph for K = 2, generation and inference
-    python docs/figures.py mixture     a second: a mixture of three logistics, the 256 probabilities
-                                       that it gives to the pixel values, their logarithms
-    python docs/figures.py tighten RUN_FOLDER
-                                       minutes: bounds of S importance samples, of a linear model
-                                       with known log p(x) and of a trained vae.py
-    python docs/figures.py holes       minutes: MNIST (downloaded) with two latents; codes of all
-                                       images, prior, draws, for N(0, 1) and for a flow
-    python docs/figures.py exact RUN_FOLDER RUN_FOLDER
-                                       seconds: draws of x given y by a selfvae.py without and with
-                                       --exact, and how far d of them is from y
-    python docs/figures.py given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
-                                       seconds: y and draws of x given y by selfvae.py with five
-                                       transformations
-    python docs/figures.py sides RUN_FOLDER
-                                       a second: what a growing dcvae.py made of the same codes
-                                       at the end of each side, from its samples/
-    python docs/figures.py race        a second: the bound of VAE and selfVAE while they train, over
-                                       images seen and over time, from docs/logs
+    python docs/lab/figures.py …
+
+    levels      a second: selfVAE's graph for K = 2, generation and inference
+    mixture     a second: a mixture of three logistics, the 256 probabilities
+                that it gives to the pixel values, their logarithms
+    tighten RUN_FOLDER
+                minutes: bounds of S importance samples, of a linear model
+                with known log p(x) and of a trained vae.py
+    holes       minutes: MNIST (downloaded) with two latents; codes of all
+                images, prior, draws, for N(0, 1) and for a flow
+    exact RUN_FOLDER RUN_FOLDER
+                seconds: draws of x given y by a selfvae.py without and with
+                --exact, and how far d of them is from y
+    given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
+                seconds: y and draws of x given y by selfvae.py with five
+                transformations
+    sides RUN_FOLDER
+                a second: what a growing dcvae.py made of the same codes
+                at the end of each side, from its samples/
+    race        a second: the bound of VAE and selfVAE while they train, over
+                images seen and over time, from docs/lab/logs
 
 Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
 from `python realnvp.py --dataset moons`.
@@ -37,9 +39,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.distributions import Independent, Normal
 
-FOLDER = Path(__file__).resolve().parent / "figures"
+FOLDER = Path(__file__).resolve().parents[1] / "figures"
 LOGS = Path(__file__).resolve().parent / "logs"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import (  # noqa: E402 (needs the path above)
     GAP, PICTURE_SIDE, SHEET_TOP, Batches, Dmol, from_uint8, load_images, log_mean_exp, read_log,
@@ -380,14 +382,14 @@ def given(*runs, data_dir="data"):
     save_sheet(FOLDER / "given.png", of["title"], rows, keep_columns=True)
 
 
-def first_row(path, side):
-    """The pictures in the first row of a sheet of 8 columns -> (8, 3, side, side) in [-1, 1]."""
+def row_of_sheet(path, side, i=0):
+    """The pictures in row i of a sheet of 8 columns -> (8, 3, side, side) in [-1, 1]."""
     factor = math.ceil(PICTURE_SIDE / side)
     step = factor * side + GAP
     sheet = from_uint8(torch.tensor(np.asarray(Image.open(path).convert("RGB"))))
     if (len(sheet) - SHEET_TOP) % step:
         sys.exit(f"{path} is no sheet of today's scripts")
-    row = sheet[SHEET_TOP:SHEET_TOP + step, -8 * step:]
+    row = sheet[SHEET_TOP + i * step:, -8 * step:][:step]
     pictures = row.unflatten(1, (8, step)).permute(1, 3, 0, 2)
     return pictures[..., :-GAP:factor, :-GAP:factor]
 
@@ -401,7 +403,7 @@ def sides(run):
     for path in sorted((run / "samples").glob("[0-9]*.png")):
         side, alpha = dcvae.growth(cfg, size, int(path.stem))
         if alpha == 1:
-            last[f"{side}x{side}"] = first_row(path, size)
+            last[f"{side}x{side}"] = row_of_sheet(path, size)
     save_sheet(FOLDER / "sides.png", f"dcvae.py, {cfg.dataset} {size}x{size}\n"
                "samples of the same codes at the end of each side", last, keep_columns=True)
 

@@ -1,6 +1,6 @@
 """What tests/test_scale.py has two processes do: main() of a script, for each line of a file.
 
-    torchrun --nproc_per_node 2 tests/pair.py LINES.json
+    torchrun --nproc_per_node 2 tests/two_processes.py LINES.json
 
 The file is [[script, [flags], folder or null], …]. With a folder, `plain` is in force: nothing is
 random but the batches and no weight is updated, so what is left over can be compared with one

@@ -1,6 +1,6 @@
 """Where the bits of a trained vae.py or selfvae.py go, level by level, on 200 validation images.
 
-    python tests/diagnose.py RUN_FOLDER
+    python docs/lab/where_bits_go.py RUN_FOLDER
 
 One row for each image that is decoded, y_1, …, y_K, x, with these columns:
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import kl_divergence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import Batches, Dmol, bits_per_dim, load_images  # noqa: E402 (needs the path above)
 

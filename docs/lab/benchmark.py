@@ -1,19 +1,21 @@
-"""Speed and memory at the paper's size, on this machine. Not collected by pytest.
+"""Speed and memory at the paper's size, on this machine.
 
-    python tests/benchmark.py               train step of every script and mode
-    python tests/benchmark.py growth        the same against size, levels, batch; importance
-                                            weighting against S; docs/figures/growth.png
-    python tests/benchmark.py importance    importance weighting against a plain loop of full
-                                            forward passes
-    python tests/benchmark.py sampling      seconds to sample 1 and 100 images
-    python tests/benchmark.py roof          GFLOP/s of large matrix products, to hold steps against
-    python tests/benchmark.py sides         dcvae.py on ProGAN's networks, grown to 512x512: a step
-                                            of each side, stable and fading
-    python tests/benchmark.py streaming     a set that is read from disk against the same in memory
-    python tests/benchmark.py threads       steps of selfvae.py --small by 1 and 2 threads, alone
-                                            and beside another busy program
-    python tests/benchmark.py step vae 32 0 32 bf16
-                                            one: script, side, levels, batch, mode; see `measure`
+    python docs/lab/benchmark.py …
+
+    (no word)     train step of every script and mode
+    growth        the same against size, levels, batch; importance
+                  weighting against S; docs/figures/growth.png
+    importance    importance weighting against a plain loop of full
+                  forward passes
+    sampling      seconds to sample 1 and 100 images
+    roof          GFLOP/s of large matrix products, to hold steps against
+    sides         dcvae.py on ProGAN's networks, grown to 512x512: a step
+                  of each side, stable and fading
+    streaming     a set that is read from disk against the same in memory
+    threads       steps of selfvae.py --small by 1 and 2 threads, alone
+                  and beside another busy program
+    step vae 32 0 32 bf16
+                  one: script, side, levels, batch, mode; see `measure`
 
 Each train step is measured in a process of its own.
 """
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402 (needs the path above)

@@ -1,12 +1,14 @@
-"""The runs behind docs/results.md, each a plain command line. Not collected by pytest.
+"""The runs behind docs/results.md, each a plain command line.
 
-    python tests/longruns.py            run what is not finished, two at a time, one thread each, at
-                                        low priority; what was interrupted goes on where it was
-                                        (of wake.py it cannot: delete its folder first)
-    python tests/longruns.py list       what is done, and how long the rest takes
-    python tests/longruns.py table      the rows of docs/results.md, from docs/logs
-    python tests/longruns.py keep       copy the logs and results of finished runs to docs/logs
-    python tests/longruns.py weights    write the trained models of finished runs to docs/models
+    python docs/lab/longruns.py …
+
+    (no word)  run what is not finished, two at a time, one thread each, at
+               low priority; what was interrupted goes on where it was
+               (of waking_z.py it cannot: delete its folder first)
+    list       what is done, and how long the rest takes
+    table      the rows of docs/results.md, from docs/lab/logs
+    keep       copy the logs and results of finished runs to docs/lab/logs
+    weights    write the trained models of finished runs to docs/models
 
 All take parts of names, and leave out all other runs: `… run imagenette`.
 Budgets are steps, so everybody gets the same run, on CPUs with AVX512-BF16. On a GPU let --dtype
@@ -24,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import read_log  # noqa: E402 (needs the path above)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs"
-LOGS = ROOT / "docs" / "logs"
+LOGS = ROOT / "docs" / "lab" / "logs"
 MODELS = ROOT / "docs" / "models"
 WORKERS = 2
 
@@ -255,14 +257,14 @@ def main(action="run", *parts):
             weights(name)
     elif action == "table":
         of = {"vae.py": [], "selfvae.py": [], "realnvp.py": [], "dcvae.py": [],
-              "tests/wake.py": []}
+              "docs/lab/waking_z.py": []}
         for name in names:
             of[COMMANDS[name].split()[0]].append(name)
         print_table([name for name in names if name not in of["dcvae.py"]], BOUNDS, row_of_bounds)
-        print_table(of["selfvae.py"] + of["tests/wake.py"], TERMS, row_of_terms)
+        print_table(of["selfvae.py"] + of["docs/lab/waking_z.py"], TERMS, row_of_terms)
         print_table(of["dcvae.py"], GAMES, row_of_games)
     else:
-        sys.exit("python tests/longruns.py run, list, table, keep or weights")
+        sys.exit("python docs/lab/longruns.py run, list, table, keep or weights")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What would wake z? selfvae.py, trained with one change. Not collected by pytest.
+"""What would wake z? selfvae.py, trained with one change.
 
-    python tests/wake.py warm-up FLAGS      kl_z_k is weighted by min(1, step / 1500)
-    python tests/wake.py free-bits FLAGS    kl_z_k, averaged over the batch, costs at least 150
-                                            nats; where it is less it has no gradient
-    python tests/wake.py without-y FLAGS    the network of p(y_{k+1}|y_k, z_k) does not see y_k,
-                                            which is the mixtures' shift as before
+    python docs/lab/waking_z.py …
+
+    warm-up FLAGS      kl_z_k is weighted by min(1, step / 1500)
+    free-bits FLAGS    kl_z_k, averaged over the batch, costs at least 150
+                       nats; where it is less it has no gradient
+    without-y FLAGS    the network of p(y_{k+1}|y_k, z_k) does not see y_k,
+                       which is the mixtures' shift as before
 
 With --levels 0, a VAE, kl_u takes the place of kl_z_k, and there is no y to hide. FLAGS are those
 of selfvae.py, with a --name, without --resume, on a GPU with --no-compile. The training lines of
 the log hold what is minimised; validated and evaluated is the bound. `selfvae.py --eval` evaluates
-the runs of the first two, `wake.py without-y --eval` those of the third.
+the runs of the first two, `waking_z.py without-y --eval` those of the third.
 """
 
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import selfvae  # noqa: E402 (needs the path above)
 from common import UserError  # noqa: E402
@@ -89,5 +91,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
         sys.exit(__doc__)
     if "--resume" in sys.argv:
-        sys.exit("wake.py: error: its runs cannot be resumed: a warm-up would begin anew")
+        sys.exit("waking_z.py: error: its runs cannot be resumed: a warm-up would begin anew")
     sys.exit(selfvae.main(CHANGES[sys.argv[1]], sys.argv[2:]))

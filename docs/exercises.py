@@ -1,10 +1,10 @@
 """The exercises of docs/exercises.md. For whoever solves them:
 
-    python tests/exercises.py 3               empties the functions of exercise 3 in this tree, for
+    python docs/exercises.py 3               empties the functions of exercise 3 in this tree, for
                                               you to write
-    python tests/exercises.py 3 --solution    puts those of the last commit back, and nothing else
+    python docs/exercises.py 3 --solution    puts those of the last commit back, and nothing else
 
-`python tests/exercises.py grade` is for tests/test_docs.py.
+`python docs/exercises.py grade` is for tests/test_docs.py.
 """
 
 import ast
@@ -232,10 +232,10 @@ def grade():
 
 
 def copy_tree(tree):
-    """The scripts, their tests, docs/exercises.md and docs/compress.py, in a new folder."""
-    (tree / "docs").mkdir(parents=True)
-    for name in ("exercises.md", "compress.py"):
-        shutil.copy(ROOT / "docs" / name, tree / "docs")
+    """The scripts, their tests and the programs of docs/, in a new folder."""
+    (tree / "docs" / "lab").mkdir(parents=True)
+    for path in [ROOT / "docs" / "exercises.md", *ROOT.glob("docs/**/*.py")]:
+        shutil.copy(path, tree / path.relative_to(ROOT))
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
