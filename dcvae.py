@@ -56,623 +56,7 @@ from common import (
     seed_noise, to_json, to_uint8, write_results)
 
 
-# ---- Config --------------------------------------------------------------------------------------
-
-# Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGAN's
-    "autogan": {"epochs": 800, "latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False,
-                "gan": "hinge", "contrast_layers": "b1,final"},
-    "progan": {"epochs": 100, "latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True,
-               "gan": "wgan", "contrast_layers": "b8,final"},
-}
-
-
-# Changed from vae.py: four losses, the discriminator's game, the contrast
-@dataclasses.dataclass
-class Config:
-    """The flags. Defaults are the released code's for CIFAR-10, ProGAN's with its networks, and K.
-
-    Where these differ from the paper: docs/dcvae.md, section 11.
-    """
-
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
-                        "lsun, or a folder")
-    data_dir: str = flag("data", "where datasets are kept")
-    out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, 8 · n, progan 16, 32, … (default: the dataset's)",
-                     fixed=True)
-    backbone: str = flag(None, "of networks (default: autogan below 64 pixels, else progan)",
-                         fixed=True, choices=("autogan", "progan"))
-    loss: str = flag("dcvae", "the four models of Table 1", fixed=True,
-                     choices=("vae", "vaegan", "contrastive", "dcvae"))
-    latent: int = flag(None, "L, dimensions of z (default 128, progan 512)", fixed=True)
-    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(None, "passes over the training images, counted at full size; with a gan, "
-                       "encoder and decoder learn from 1 batch in --d_steps (default 800, progan "
-                       "100)")
-    steps: int = flag(None, "training steps, each with one update of encoder and decoder "
-                      "(overrides --epochs)")
-    # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
-    batch_size: int = flag(None, "images an update, all processes together; more where progan has "
-                           "not grown yet (default 64, progan 2048/size)", fixed=True)
-    d_steps: int = flag(None, "updates of D a step, each on its own batch (default 5, progan and "
-                        "--loss contrastive 1)", fixed=True)
-    lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
-                     fixed=True, low=0)
-    grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
-    phase_steps: int = flag(None, "progan: steps of each fade, and between fades (default: so that "
-                            "growing takes half of all steps)", fixed=True)
-    kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
-                            fixed=True, low=0)
-    gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
-                    "ProGAN's gradient penalty (default hinge, progan wgan)",
-                    fixed=True, choices=("hinge", "log", "wgan"))
-    negatives: int = flag(8096, "K, the other images that x is told from in the contrast",
-                          fixed=True)
-    temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
-    momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
-                           fixed=True, low=0, high=1)
-    contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan b8, and "
-                                "the last features (default b1,final, progan b8,final)", fixed=True)
-    patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
-                            fixed=True, low=0)
-    ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
-                      fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere "
-                      "on and CPUs with AVX512-BF16, else fp32", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
-    log_every: int = flag(50, "steps between progress lines")
-    eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
-    fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
-                    "then has the lowest validation FID (default: none)")
-    path_length: int = flag(None, "pairs of codes for the perceptual path length (default: none)")
-    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS")
-    clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
-    draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
-    label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
-    label_value: int = flag(None, "editing: the label that is added (default: the largest)", low=0)
-
-    def __post_init__(self):
-        size = self.size or DATASETS.get(self.dataset, (64,))[0]
-        if self.backbone is None:
-            self.backbone = "autogan" if size < 64 else "progan"
-        if self.batch_size is None:
-            self.batch_size = 64 if self.backbone == "autogan" else max(4, 2048 // size)
-        for name, value in DEFAULTS[self.backbone].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
-        if self.kl_weight is None:
-            # NOTE(paper): Eqs. (3), (8) have 1, with which an empty code minimises Eq. (8). The
-            # release has 1e-6 on a sum over 64 images, 6.4e-5 on their mean, in both of its updates
-            # of encoder and decoder: gan + kl, then contrast + kl. Here dcvae has one update, gan +
-            # contrast + kl, so its KL weighs half as much as there.
-            self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
-
-    @property
-    def variant(self):
-        """The part of the run folder's name that tells of the model."""
-        variant = f"{self.loss}-z{self.latent}"
-        if self.backbone == "progan":
-            variant = f"progan-{variant}"
-        return f"{variant}-small" if self.small else variant
-
-    def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
-        if self.size is not None and self.backbone == "autogan":
-            start_side(self.size)
-        if self.size is not None and self.backbone == "progan":
-            feature_maps(self, self.size)
-        if self.grow and self.backbone == "autogan":
-            raise UserError("--grow is for --backbone progan")
-        if self.phase_steps and not self.grow:
-            raise UserError("--phase_steps is for a model that grows")
-        if self.lpips_weights and not Path(self.lpips_weights).is_file():
-            raise UserError(f"there is no {self.lpips_weights} (--lpips_weights)")
-        if self.patch_after is not None and self.backbone == "progan":
-            raise UserError("--patch_after is for --backbone autogan")
-        parse_layers(self)
-
-
-# ---- Building blocks: residual blocks down, AutoGAN's cells up (A.5, Figure 15) ------------------
-
-class DownBlock(nn.Module):
-    """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W).
-
-    With `halve` -> (B, c_out, H/2, W/2). A ReLU stands before each 3x3 conv, except that the
-    `first` block, which sees an image, begins without one.
-    """
-
-    def __init__(self, c_in, c_out, first=False, halve=False):
-        super().__init__()
-        self.first = first
-        self.halve = halve
-        self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve else nn.Identity()
-
-    def forward(self, h):
-        out = self.conv1(h if self.first else F.relu(h))
-        out = self.conv2(F.relu(out))
-        if self.halve:  # a 1x1 conv of means is the mean of 1x1 convs, and cheaper
-            out = F.avg_pool2d(out, 2)
-            h = F.avg_pool2d(h, 2)
-        return out + self.shortcut(h)
-
-
-def down_blocks(channels, width):
-    """The four blocks of encoder and discriminator: (B, C, H, W) -> (B, width, H/4, W/4)."""
-    return nn.ModuleList([DownBlock(channels, width, first=True, halve=True),
-                          DownBlock(width, width, halve=True),
-                          DownBlock(width, width), DownBlock(width, width)])
-
-
-class UpCell(nn.Module):
-    """AutoGAN's cell: h (B, width, H, W) -> output and `skip`, both (B, width, 2H, 2W).
-
-    `skip` is the sum that the second conv sees, before the ReLU. It contains the skips of the
-    cells before this one, enlarged; the cells after this one add it to theirs.
-    """
-
-    def __init__(self, width, mode, earlier_cells, shortcut):
-        super().__init__()
-        self.mode = mode
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.skips = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(earlier_cells)])
-        self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
-
-    def forward(self, h, earlier_skips):
-        size = (2 * h.shape[2], 2 * h.shape[3])
-        skip = self.conv1(F.interpolate(F.relu(h), size=size, mode=self.mode))
-        for conv, earlier_skip in zip(self.skips, earlier_skips):
-            # Enlarged after the 1x1 conv: the same values, less work.
-            skip = skip + F.interpolate(conv(earlier_skip), size=size, mode=self.mode)
-        out = self.conv2(F.relu(skip))
-        if self.shortcut is not None:
-            out = out + F.interpolate(self.shortcut(h), size=size, mode=self.mode)
-        return out, skip
-
-
-# ---- Networks ------------------------------------------------------------------------------------
-
-FEATURE_DIM = 16  # of the contrast (5.1), and of what D's score is computed from
-BLOCKS = ("b1", "b2", "b3", "b4")
-
-
-def pool(h):
-    """ReLU and 64 times the mean over the map: (B, width, H, W) -> (B, width).
-
-    At 32x32 this is the released sum over 8x8 positions. A sum over a larger map would be larger,
-    and log σ² would start beyond the 20 that Encoder allows.
-    """
-    return 64 * F.relu(h).mean((2, 3))
-
-
-# Changed from vae.py: residual blocks with spectral norm, z is a vector
-class Encoder(nn.Module):
-    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32.
-
-    log σ² is cut at 20, long before exp overflows.
-    """
-
-    def __init__(self, channels, width, latent):
-        super().__init__()
-        self.blocks = down_blocks(channels, width)
-        self.linear = spectral_norm(nn.Linear(width, 2 * latent, bias=False))
-
-    def forward(self, x):
-        h = x
-        for block in self.blocks:
-            h = block(h)
-        mean, log_var = self.linear(pool(h)).float().chunk(2, 1)
-        return mean, log_var.clamp(max=20)
-
-
-def start_side(size):
-    """Side of the decoder's first map, size / 8. UserError if `size` is no multiple of 8."""
-    if size % 8:
-        raise UserError(f"size {size} is no multiple of 8, as three doublings need: "
-                        "take 32, 48 …")
-    return size // 8
-
-
-# Changed from vae.py: AutoGAN's generator
-class Decoder(nn.Module):
-    """z (B, L) -> image (B, C, size, size) in [-1, 1], fp32.
-
-    It has one batch norm, before the last conv.
-    """
-
-    def __init__(self, latent, width, channels, size):
-        super().__init__()
-        side = start_side(size)
-        self.enter = nn.Sequential(nn.Linear(latent, width * side**2),
-                                   nn.Unflatten(1, (width, side, side)))
-        self.cells = nn.ModuleList([  # modes, earlier cells, shortcuts: as AutoGAN's search found
-            UpCell(width, "nearest", 0, True),
-            UpCell(width, "bilinear", 1, True),
-            UpCell(width, "nearest", 2, False)])
-        self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(),
-                                   nn.Conv2d(width, channels, 3, padding=1))
-        # Xavier here and in D's heads only. The release calls it for all convs, but it does not
-        # reach those with spectral norm.
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.xavier_uniform_(layer.weight)
-
-    def forward(self, z):
-        h = self.enter(z)
-        skips = []
-        for cell in self.cells:
-            h, skip = cell(h, skips)
-            skips.append(skip)
-        return torch.tanh(self.leave(h).float())
-
-
-class Discriminator(nn.Module):
-    """Image (B, C, size, size) -> score (B,), > 0 for real, and features {layer: (B, d)}.
-
-    The feature distance and the contrast compare features. `final` holds the 16 values that the
-    score is computed from. Each block in `layers` has a head: a 1x1 conv to one channel, then a
-    linear layer to 16 values (4.2, deep supervision). `where` (4, 2) gives a row and a column in
-    [0, 1) for each block; patch_b1 … are the block's channels there (4.2, local patches).
-    """
-
-    def __init__(self, channels, width, size, layers):
-        super().__init__()
-        self.blocks = down_blocks(channels, width)
-        self.linear = spectral_norm(nn.Linear(width, FEATURE_DIM, bias=False))
-        self.score = spectral_norm(nn.Linear(FEATURE_DIM, 1))
-        self.heads = nn.ModuleDict()
-        for name in layers:
-            if name in BLOCKS:
-                side = size // 2 if name == "b1" else size // 4  # of the block's output
-                self.heads[name] = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Flatten(),
-                                                 nn.Linear(side**2, FEATURE_DIM, bias=False))
-        for head in self.heads.values():
-            nn.init.xavier_uniform_(head[0].weight)
-
-    def forward(self, x, where=None):
-        features = {}
-        h = x
-        for i, (name, block) in enumerate(zip(BLOCKS, self.blocks)):
-            h = block(h)
-            if name in self.heads:
-                features[name] = self.heads[name](h)
-            if where is not None:
-                # Of shape (1,): for an index of shape () the host would wait for the device.
-                row, column = (where[i] * h.shape[2]).long().unsqueeze(1)
-                features[f"patch_{name}"] = h[:, :, row, column].squeeze(2)
-        features["final"] = self.linear(pool(h))
-        return self.score(features["final"]).squeeze(1).float(), features
-
-
-# ---- The other backbone, for 64 pixels and more: Progressive GAN (Karras et al. 2018) ------------
-
-# NOTE(paper): growing begins at 4x4 there, but the contrast needs an 8x8 map.
-FIRST_SIDE = 8
-# So many feature maps up to this side, and half as many with each doubling.
-MAPS = {"full": (512, 32), "small": (64, 16)}
-
-
-def feature_maps(cfg, size):
-    """Feature maps at the sides 4, 8, …, `size`. UserError if that is not 4 · 2ⁿ from 16 on."""
-    most, side_of_most = MAPS["small" if cfg.small else "full"]
-    sides = [4 * 2**i for i in range(size.bit_length() - 2)]
-    if size < 16 or sides[-1] != size:
-        raise UserError(f"--backbone progan takes 16, 32, 64 … pixels a side, not {size}: "
-                        "--backbone autogan takes any multiple of 8")
-    return [min(most, most * side_of_most // side) for side in sides]
-
-
-def growth(cfg, size, step):
-    """What step 1, 2, … trains -> the side, and α in (0, 1], the share of its newest layers.
-
-    P = --phase_steps at 8x8, P in which 16x16 fades in, P at 16x16, … all that are left at `size`.
-    NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
-    """
-    if not cfg.grow:
-        return size, 1.0
-    phase, done = divmod(step - 1, cfg.phase_steps)
-    side = FIRST_SIDE * 2**((phase + 1) // 2)
-    fading = phase % 2 == 1 and side <= size
-    return min(side, size), (done + 1) / cfg.phase_steps if fading else 1.0
-
-
-def at_side(x, side, alpha):
-    """Images (B, C, H, W) averaged down to `side`, their details faded in as layers do, with α."""
-    x = F.avg_pool2d(x, x.shape[-1] // side)
-    if alpha < 1:
-        x = torch.lerp(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x, alpha)
-    return x
-
-
-class ScaledConv(nn.Conv2d):
-    """A conv, followed by a leaky ReLU if it is not `linear`.
-
-    Its weights begin at N(0, 1), and are multiplied by gain / √fan_in where they are used: one rate
-    of Adam, whose steps are of one size, is then the same relative change in every layer.
-    """
-
-    def __init__(self, c_in, c_out, kernel, padding=0, linear=False):
-        super().__init__(c_in, c_out, kernel, padding=padding)
-        nn.init.normal_(self.weight)
-        nn.init.zeros_(self.bias)
-        gain = 1 if linear else math.sqrt(2)
-        self.scale = gain / math.sqrt(c_in * kernel**2)
-        self.linear = linear
-
-    def forward(self, h):
-        h = self._conv_forward(h, self.weight * self.scale, self.bias)
-        return h if self.linear else F.leaky_relu(h, 0.2)
-
-
-class PixelNorm(nn.Module):
-    """Each pixel's features divided by their root mean square: (B, C, H, W) -> same."""
-
-    def forward(self, h):
-        # Autocast has rsqrt in fp32, and so would have all features that follow.
-        return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8).to(h.dtype)
-
-
-def minibatch_deviation(h):
-    """One map more: the standard deviation over 4 images, averaged over (C, H, W), B/4 numbers.
-
-    D sees by it if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
-    Where B does not divide by 4, groups are of 2, or of 1, which tells nothing.
-    """
-    group = math.gcd(4, len(h))
-    variance = h.float().unflatten(0, (-1, group)).var(1, correction=0)  # (B/4, C, H, W)
-    deviation = torch.sqrt(variance + 1e-8).mean((1, 2, 3), keepdim=True).to(h.dtype)
-    maps = deviation.repeat_interleave(group, 0).expand(-1, 1, *h.shape[2:])
-    return torch.cat([h, maps], 1)
-
-
-class Growing(nn.Module):
-    """Networks with layers for each side, of which those up to 4 · 2^level are in use.
-
-    The newest count by the share `alpha`, the network without them by 1 - alpha. Both follow from
-    the step, by `growth`: they are not in checkpoints.
-    """
-
-    def __init__(self, maps):
-        super().__init__()
-        self.level = len(maps) - 1
-        self.register_buffer("alpha", torch.ones(()), persistent=False)
-
-    def blend(self, without, with_newest):
-        """What the network is without its newest layers, and with them -> what it is now."""
-        alpha = self.alpha.to(with_newest.dtype)
-        return (1 - alpha) * without + alpha * with_newest
-
-
-class GrowingDecoder(Growing):
-    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded."""
-
-    def __init__(self, latent, channels, maps):
-        super().__init__(maps)
-        # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something to
-        # q(z|x), and to the KL.
-        c = maps[0]
-        self.blocks = nn.ModuleList([nn.Sequential(
-            ScaledConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
-            ScaledConv(c, c, 3, padding=1), PixelNorm())])
-        for c, next_c in zip(maps, maps[1:]):
-            self.blocks.append(nn.Sequential(
-                nn.Upsample(scale_factor=2), ScaledConv(c, next_c, 3, padding=1), PixelNorm(),
-                ScaledConv(next_c, next_c, 3, padding=1), PixelNorm()))
-        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, linear=True) for c in maps])
-
-    def forward(self, z):
-        h = z[:, :, None, None]
-        for block in self.blocks[:self.level]:
-            h = block(h)
-        smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
-        h = self.blocks[self.level](h)
-        return self.blend(smaller, self.to_image[self.level](h).float())
-
-
-class GrowingBody(Growing):
-    """ProGAN's discriminator but for its score: image -> its 8x8 map, and features (B, c, 1, 1).
-
-    Images larger than its side are averaged down to it.
-    """
-
-    def __init__(self, channels, maps, deviation):
-        super().__init__(maps)
-        self.deviation = deviation
-        self.from_image = nn.ModuleList([ScaledConv(channels, c, 1) for c in maps])
-        self.blocks = nn.ModuleList()  # each halves the side: from 8, from 16, …
-        for next_c, c in zip(maps, maps[1:]):
-            self.blocks.append(nn.Sequential(ScaledConv(c, c, 3, padding=1),
-                                             ScaledConv(c, next_c, 3, padding=1), nn.AvgPool2d(2)))
-        c = maps[0]
-        self.last = nn.Sequential(ScaledConv(c + deviation, c, 3, padding=1),
-                                  ScaledConv(c, c, 4))  # 4x4 to 1x1
-
-    def forward(self, x):
-        x = F.avg_pool2d(x, x.shape[-1] // (4 * 2**self.level))
-        map_8 = self.from_image[self.level](x)
-        h = self.blocks[self.level - 1](map_8)
-        h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
-        for block in reversed(self.blocks[:self.level - 1]):
-            map_8 = h  # at last what the block from 8x8 to 4x4 reads
-            h = block(h)
-        if self.deviation:
-            h = minibatch_deviation(h)
-        return map_8, self.last(h)
-
-
-class GrowingEncoder(nn.Module):
-    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
-
-    NOTE(paper): no spectral norm, which the encoder has at 32x32: it would undo the weights' scale.
-    No minibatch deviation: an image's code is its own.
-    """
-
-    def __init__(self, latent, channels, maps):
-        super().__init__()
-        self.body = GrowingBody(channels, maps, deviation=False)
-        self.linear = ScaledConv(maps[0], 2 * latent, 1, linear=True)
-
-    def forward(self, x):
-        _, h = self.body(x)
-        mean, log_var = self.linear(h).flatten(1).float().chunk(2, 1)
-        return mean, log_var.clamp(max=20)
-
-
-class GrowingDiscriminator(nn.Module):
-    """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
-
-    NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
-    all sides have, and the last features. Without a contrast `final` is the last features.
-    """
-
-    def __init__(self, channels, maps, layers):
-        super().__init__()
-        self.body = GrowingBody(channels, maps, deviation=True)
-        self.score = ScaledConv(maps[0], 1, 1, linear=True)
-        self.heads = nn.ModuleDict()
-        if "b8" in layers:
-            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, linear=True),
-                                             ScaledConv(1, FEATURE_DIM, 8, linear=True))
-        if "final" in layers:
-            self.heads["final"] = ScaledConv(maps[0], FEATURE_DIM, 1, linear=True)
-
-    def forward(self, x, where=None):
-        map_8, h = self.body(x)
-        features = {"b8": map_8, "final": h}
-        for name, head in self.heads.items():
-            features[name] = head(features[name])
-        features = {name: values.flatten(1) for name, values in features.items()}
-        return self.score(h).flatten().float(), features
-
-
-# ---- Losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms -------
-
-def gaussian_kl(mean, log_var):
-    """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
-    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
-
-
-def sample_code(mean, log_var):
-    """z = μ + σε, ε ~ N(0, 1): (B, L) twice -> (B, L)."""
-    return mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
-
-
-def info_nce(query, positive, negatives, temperature):
-    """InfoNCE, Eq. (6): -log of the positive's share of Σ_j exp(cos(query, key_j)/τ), K + 1 keys.
-
-    query (B, d); positive (B, d) and negatives (K, d), scaled to length 1 -> nats (B,), and hits
-    (B,), 1 where the positive is nearest to the query, else 0. A guess costs log(1 + K) nats.
-    """
-    # Cosines in fp32: bf16 would round them to 1/256.
-    with torch.autocast(query.device.type, enabled=False):
-        query = F.normalize(query.float(), dim=1)
-        similarity = (query * positive).sum(1)  # (B,)
-        others = query @ negatives.T  # (B, K)
-        # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1: without one, the
-        # right of 8097 keys could have a share of at most e/(e + 8096/e) ≈ e²/8096, and the loss
-        # could not fall by more than 2 nats.
-        logits = torch.cat([similarity.unsqueeze(1), others], 1) / temperature
-        loss = torch.logsumexp(logits, 1) - logits[:, 0]
-        return loss, (similarity > others.amax(1)).float()
-
-
-def discriminator_gan(kind, real, reconstructed, sampled):
-    """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,).
-
-    "log" is minus Eq. (4), where D(x) = σ(score). "wgan" is without its gradient penalty.
-    """
-    if kind == "log":
-        return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
-    if kind == "wgan":  # the last term keeps scores from drifting away, together
-        return 0.5 * reconstructed + 0.5 * sampled - real + 1e-3 * real.square()
-    # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of
-    # fakes by one half.
-    return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
-
-
-def autoencoder_gan(kind, reconstructed, sampled):
-    """What encoder and decoder minimise: scores of reconstructions (B,), of samples -> (B,).
-
-    There may be any number of samples. "log" is Eq. (4) without log D(x), which they cannot
-    change.
-    """
-    if kind == "log":
-        return -F.softplus(reconstructed) - F.softplus(sampled).mean()
-    # The same for hinge and wgan.
-    return -0.5 * reconstructed - 0.5 * sampled.mean()
-
-
-def gradient_penalty(discriminator, real, fake):
-    """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
-
-    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). fp32: it takes second derivatives.
-    """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)
-    between = torch.lerp(fake, real, share).requires_grad_()
-    with torch.autocast(real.device.type, enabled=False):
-        scores, _ = discriminator(between)
-        gradient, = torch.autograd.grad(scores.sum(), between, create_graph=True)
-    return (gradient.square().sum((1, 2, 3)).sqrt() - 1).square()
-
-
-@torch.no_grad()
-def update_average(average, model, decay):
-    """average ← decay·average + (1 - decay)·model, of parameters and buffers.
-
-    So batch norm's statistics and spectral norm's vectors are averaged too.
-    """
-    for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
-        if slow.is_floating_point():
-            slow.lerp_(fast, 1 - decay)
-        else:
-            slow.copy_(fast)
-
-
 # ---- The model -----------------------------------------------------------------------------------
-
-# Changed from vae.py: AutoGAN's
-WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
-
-
-def networks(cfg, channels, size, layers):
-    """Encoder, decoder and discriminator of --backbone."""
-    if cfg.backbone == "progan":
-        maps = feature_maps(cfg, size)
-        return (GrowingEncoder(cfg.latent, channels, maps),
-                GrowingDecoder(cfg.latent, channels, maps),
-                GrowingDiscriminator(channels, maps, layers))
-    decoder_width, width = WIDTHS["small" if cfg.small else "full"]
-    return (Encoder(channels, width, cfg.latent),
-            Decoder(cfg.latent, decoder_width, channels, size),
-            Discriminator(channels, width, size, layers))
-
-
-def parse_layers(cfg):
-    """--contrast_layers as a tuple. UserError if one does not exist, or comes twice."""
-    layers = tuple(cfg.contrast_layers.split(","))
-    known = (*BLOCKS, "final") if cfg.backbone == "autogan" else ("b8", "final")
-    if not set(layers) <= set(known) or len(set(layers)) < len(layers):
-        raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of "
-                        f"{','.join(known)}, each once, with commas")
-    return layers
-
 
 class DCVAE(nn.Module):
     """The networks that --loss needs, for images of shape (C, H, W), H = W as --backbone can."""
@@ -891,6 +275,496 @@ class DCVAE(nn.Module):
         """
         z = self.encode(x)
         return self.decode(torch.stack([z + amount * direction for amount in amounts], 1))
+
+
+# ---- Special to this model -----------------------------------------------------------------------
+# Its losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms.
+
+def gaussian_kl(mean, log_var):
+    """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+
+
+def sample_code(mean, log_var):
+    """z = μ + σε, ε ~ N(0, 1): (B, L) twice -> (B, L)."""
+    return mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
+
+
+def info_nce(query, positive, negatives, temperature):
+    """InfoNCE, Eq. (6): -log of the positive's share of Σ_j exp(cos(query, key_j)/τ), K + 1 keys.
+
+    query (B, d); positive (B, d) and negatives (K, d), scaled to length 1 -> nats (B,), and hits
+    (B,), 1 where the positive is nearest to the query, else 0. A guess costs log(1 + K) nats.
+    """
+    # Cosines in fp32: bf16 would round them to 1/256.
+    with torch.autocast(query.device.type, enabled=False):
+        query = F.normalize(query.float(), dim=1)
+        similarity = (query * positive).sum(1)  # (B,)
+        others = query @ negatives.T  # (B, K)
+        # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1: without one, the
+        # right of 8097 keys could have a share of at most e/(e + 8096/e) ≈ e²/8096, and the loss
+        # could not fall by more than 2 nats.
+        logits = torch.cat([similarity.unsqueeze(1), others], 1) / temperature
+        loss = torch.logsumexp(logits, 1) - logits[:, 0]
+        return loss, (similarity > others.amax(1)).float()
+
+
+def discriminator_gan(kind, real, reconstructed, sampled):
+    """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,).
+
+    "log" is minus Eq. (4), where D(x) = σ(score). "wgan" is without its gradient penalty.
+    """
+    if kind == "log":
+        return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
+    if kind == "wgan":  # the last term keeps scores from drifting away, together
+        return 0.5 * reconstructed + 0.5 * sampled - real + 1e-3 * real.square()
+    # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of
+    # fakes by one half.
+    return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
+
+
+def autoencoder_gan(kind, reconstructed, sampled):
+    """What encoder and decoder minimise: scores of reconstructions (B,), of samples -> (B,).
+
+    There may be any number of samples. "log" is Eq. (4) without log D(x), which they cannot
+    change.
+    """
+    if kind == "log":
+        return -F.softplus(reconstructed) - F.softplus(sampled).mean()
+    # The same for hinge and wgan.
+    return -0.5 * reconstructed - 0.5 * sampled.mean()
+
+
+def gradient_penalty(discriminator, real, fake):
+    """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
+
+    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). fp32: it takes second derivatives.
+    """
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)
+    between = torch.lerp(fake, real, share).requires_grad_()
+    with torch.autocast(real.device.type, enabled=False):
+        scores, _ = discriminator(between)
+        gradient, = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    return (gradient.square().sum((1, 2, 3)).sqrt() - 1).square()
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average ← decay·average + (1 - decay)·model, of parameters and buffers.
+
+    So batch norm's statistics and spectral norm's vectors are averaged too.
+    """
+    for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
+        if slow.is_floating_point():
+            slow.lerp_(fast, 1 - decay)
+        else:
+            slow.copy_(fast)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+# First AutoGAN's, of the paper; from FIRST_SIDE on Progressive GAN's.
+
+# Changed from vae.py: AutoGAN's
+WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
+
+
+def networks(cfg, channels, size, layers):
+    """Encoder, decoder and discriminator of --backbone."""
+    if cfg.backbone == "progan":
+        maps = feature_maps(cfg, size)
+        return (GrowingEncoder(cfg.latent, channels, maps),
+                GrowingDecoder(cfg.latent, channels, maps),
+                GrowingDiscriminator(channels, maps, layers))
+    decoder_width, width = WIDTHS["small" if cfg.small else "full"]
+    return (Encoder(channels, width, cfg.latent),
+            Decoder(cfg.latent, decoder_width, channels, size),
+            Discriminator(channels, width, size, layers))
+
+
+def parse_layers(cfg):
+    """--contrast_layers as a tuple. UserError if one does not exist, or comes twice."""
+    layers = tuple(cfg.contrast_layers.split(","))
+    known = (*BLOCKS, "final") if cfg.backbone == "autogan" else ("b8", "final")
+    if not set(layers) <= set(known) or len(set(layers)) < len(layers):
+        raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of "
+                        f"{','.join(known)}, each once, with commas")
+    return layers
+
+
+FEATURE_DIM = 16  # of the contrast (5.1), and of what D's score is computed from
+
+
+BLOCKS = ("b1", "b2", "b3", "b4")
+
+
+# Changed from vae.py: residual blocks with spectral norm, z is a vector
+class Encoder(nn.Module):
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32.
+
+    log σ² is cut at 20, long before exp overflows.
+    """
+
+    def __init__(self, channels, width, latent):
+        super().__init__()
+        self.blocks = down_blocks(channels, width)
+        self.linear = spectral_norm(nn.Linear(width, 2 * latent, bias=False))
+
+    def forward(self, x):
+        h = x
+        for block in self.blocks:
+            h = block(h)
+        mean, log_var = self.linear(pool(h)).float().chunk(2, 1)
+        return mean, log_var.clamp(max=20)
+
+
+def start_side(size):
+    """Side of the decoder's first map, size / 8. UserError if `size` is no multiple of 8."""
+    if size % 8:
+        raise UserError(f"size {size} is no multiple of 8, as three doublings need: "
+                        "take 32, 48 …")
+    return size // 8
+
+
+# Changed from vae.py: AutoGAN's generator
+class Decoder(nn.Module):
+    """z (B, L) -> image (B, C, size, size) in [-1, 1], fp32.
+
+    It has one batch norm, before the last conv.
+    """
+
+    def __init__(self, latent, width, channels, size):
+        super().__init__()
+        side = start_side(size)
+        self.enter = nn.Sequential(nn.Linear(latent, width * side**2),
+                                   nn.Unflatten(1, (width, side, side)))
+        self.cells = nn.ModuleList([  # modes, earlier cells, shortcuts: as AutoGAN's search found
+            UpCell(width, "nearest", 0, True),
+            UpCell(width, "bilinear", 1, True),
+            UpCell(width, "nearest", 2, False)])
+        self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(),
+                                   nn.Conv2d(width, channels, 3, padding=1))
+        # Xavier here and in D's heads only. The release calls it for all convs, but it does not
+        # reach those with spectral norm.
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, z):
+        h = self.enter(z)
+        skips = []
+        for cell in self.cells:
+            h, skip = cell(h, skips)
+            skips.append(skip)
+        return torch.tanh(self.leave(h).float())
+
+
+class Discriminator(nn.Module):
+    """Image (B, C, size, size) -> score (B,), > 0 for real, and features {layer: (B, d)}.
+
+    The feature distance and the contrast compare features. `final` holds the 16 values that the
+    score is computed from. Each block in `layers` has a head: a 1x1 conv to one channel, then a
+    linear layer to 16 values (4.2, deep supervision). `where` (4, 2) gives a row and a column in
+    [0, 1) for each block; patch_b1 … are the block's channels there (4.2, local patches).
+    """
+
+    def __init__(self, channels, width, size, layers):
+        super().__init__()
+        self.blocks = down_blocks(channels, width)
+        self.linear = spectral_norm(nn.Linear(width, FEATURE_DIM, bias=False))
+        self.score = spectral_norm(nn.Linear(FEATURE_DIM, 1))
+        self.heads = nn.ModuleDict()
+        for name in layers:
+            if name in BLOCKS:
+                side = size // 2 if name == "b1" else size // 4  # of the block's output
+                self.heads[name] = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Flatten(),
+                                                 nn.Linear(side**2, FEATURE_DIM, bias=False))
+        for head in self.heads.values():
+            nn.init.xavier_uniform_(head[0].weight)
+
+    def forward(self, x, where=None):
+        features = {}
+        h = x
+        for i, (name, block) in enumerate(zip(BLOCKS, self.blocks)):
+            h = block(h)
+            if name in self.heads:
+                features[name] = self.heads[name](h)
+            if where is not None:
+                # Of shape (1,): for an index of shape () the host would wait for the device.
+                row, column = (where[i] * h.shape[2]).long().unsqueeze(1)
+                features[f"patch_{name}"] = h[:, :, row, column].squeeze(2)
+        features["final"] = self.linear(pool(h))
+        return self.score(features["final"]).squeeze(1).float(), features
+
+
+# NOTE(paper): growing begins at 4x4 there, but the contrast needs an 8x8 map.
+FIRST_SIDE = 8
+
+
+# So many feature maps up to this side, and half as many with each doubling.
+MAPS = {"full": (512, 32), "small": (64, 16)}
+
+
+def feature_maps(cfg, size):
+    """Feature maps at the sides 4, 8, …, `size`. UserError if that is not 4 · 2ⁿ from 16 on."""
+    most, side_of_most = MAPS["small" if cfg.small else "full"]
+    sides = [4 * 2**i for i in range(size.bit_length() - 2)]
+    if size < 16 or sides[-1] != size:
+        raise UserError(f"--backbone progan takes 16, 32, 64 … pixels a side, not {size}: "
+                        "--backbone autogan takes any multiple of 8")
+    return [min(most, most * side_of_most // side) for side in sides]
+
+
+def growth(cfg, size, step):
+    """What step 1, 2, … trains -> the side, and α in (0, 1], the share of its newest layers.
+
+    P = --phase_steps at 8x8, P in which 16x16 fades in, P at 16x16, … all that are left at `size`.
+    NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
+    """
+    if not cfg.grow:
+        return size, 1.0
+    phase, done = divmod(step - 1, cfg.phase_steps)
+    side = FIRST_SIDE * 2**((phase + 1) // 2)
+    fading = phase % 2 == 1 and side <= size
+    return min(side, size), (done + 1) / cfg.phase_steps if fading else 1.0
+
+
+def at_side(x, side, alpha):
+    """Images (B, C, H, W) averaged down to `side`, their details faded in as layers do, with α."""
+    x = F.avg_pool2d(x, x.shape[-1] // side)
+    if alpha < 1:
+        x = torch.lerp(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x, alpha)
+    return x
+
+
+class GrowingEncoder(nn.Module):
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
+
+    NOTE(paper): no spectral norm, which the encoder has at 32x32: it would undo the weights' scale.
+    No minibatch deviation: an image's code is its own.
+    """
+
+    def __init__(self, latent, channels, maps):
+        super().__init__()
+        self.body = GrowingBody(channels, maps, deviation=False)
+        self.linear = ScaledConv(maps[0], 2 * latent, 1, linear=True)
+
+    def forward(self, x):
+        _, h = self.body(x)
+        mean, log_var = self.linear(h).flatten(1).float().chunk(2, 1)
+        return mean, log_var.clamp(max=20)
+
+
+class Growing(nn.Module):
+    """Networks with layers for each side, of which those up to 4 · 2^level are in use.
+
+    The newest count by the share `alpha`, the network without them by 1 - alpha. Both follow from
+    the step, by `growth`: they are not in checkpoints.
+    """
+
+    def __init__(self, maps):
+        super().__init__()
+        self.level = len(maps) - 1
+        self.register_buffer("alpha", torch.ones(()), persistent=False)
+
+    def blend(self, without, with_newest):
+        """What the network is without its newest layers, and with them -> what it is now."""
+        alpha = self.alpha.to(with_newest.dtype)
+        return (1 - alpha) * without + alpha * with_newest
+
+
+class GrowingDecoder(Growing):
+    """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded."""
+
+    def __init__(self, latent, channels, maps):
+        super().__init__(maps)
+        # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something to
+        # q(z|x), and to the KL.
+        c = maps[0]
+        self.blocks = nn.ModuleList([nn.Sequential(
+            ScaledConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
+            ScaledConv(c, c, 3, padding=1), PixelNorm())])
+        for c, next_c in zip(maps, maps[1:]):
+            self.blocks.append(nn.Sequential(
+                nn.Upsample(scale_factor=2), ScaledConv(c, next_c, 3, padding=1), PixelNorm(),
+                ScaledConv(next_c, next_c, 3, padding=1), PixelNorm()))
+        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, linear=True) for c in maps])
+
+    def forward(self, z):
+        h = z[:, :, None, None]
+        for block in self.blocks[:self.level]:
+            h = block(h)
+        smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
+        h = self.blocks[self.level](h)
+        return self.blend(smaller, self.to_image[self.level](h).float())
+
+
+class GrowingBody(Growing):
+    """ProGAN's discriminator but for its score: image -> its 8x8 map, and features (B, c, 1, 1).
+
+    Images larger than its side are averaged down to it.
+    """
+
+    def __init__(self, channels, maps, deviation):
+        super().__init__(maps)
+        self.deviation = deviation
+        self.from_image = nn.ModuleList([ScaledConv(channels, c, 1) for c in maps])
+        self.blocks = nn.ModuleList()  # each halves the side: from 8, from 16, …
+        for next_c, c in zip(maps, maps[1:]):
+            self.blocks.append(nn.Sequential(ScaledConv(c, c, 3, padding=1),
+                                             ScaledConv(c, next_c, 3, padding=1), nn.AvgPool2d(2)))
+        c = maps[0]
+        self.last = nn.Sequential(ScaledConv(c + deviation, c, 3, padding=1),
+                                  ScaledConv(c, c, 4))  # 4x4 to 1x1
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, x.shape[-1] // (4 * 2**self.level))
+        map_8 = self.from_image[self.level](x)
+        h = self.blocks[self.level - 1](map_8)
+        h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
+        for block in reversed(self.blocks[:self.level - 1]):
+            map_8 = h  # at last what the block from 8x8 to 4x4 reads
+            h = block(h)
+        if self.deviation:
+            h = minibatch_deviation(h)
+        return map_8, self.last(h)
+
+
+class GrowingDiscriminator(nn.Module):
+    """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
+
+    NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
+    all sides have, and the last features. Without a contrast `final` is the last features.
+    """
+
+    def __init__(self, channels, maps, layers):
+        super().__init__()
+        self.body = GrowingBody(channels, maps, deviation=True)
+        self.score = ScaledConv(maps[0], 1, 1, linear=True)
+        self.heads = nn.ModuleDict()
+        if "b8" in layers:
+            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, linear=True),
+                                             ScaledConv(1, FEATURE_DIM, 8, linear=True))
+        if "final" in layers:
+            self.heads["final"] = ScaledConv(maps[0], FEATURE_DIM, 1, linear=True)
+
+    def forward(self, x, where=None):
+        map_8, h = self.body(x)
+        features = {"b8": map_8, "final": h}
+        for name, head in self.heads.items():
+            features[name] = head(features[name])
+        features = {name: values.flatten(1) for name, values in features.items()}
+        return self.score(h).flatten().float(), features
+
+
+# ---- Building blocks -----------------------------------------------------------------------------
+# Residual blocks down, AutoGAN's cells up (A.5, Figure 15); from ScaledConv on Progressive GAN's.
+
+def pool(h):
+    """ReLU and 64 times the mean over the map: (B, width, H, W) -> (B, width).
+
+    At 32x32 this is the released sum over 8x8 positions. A sum over a larger map would be larger,
+    and log σ² would start beyond the 20 that Encoder allows.
+    """
+    return 64 * F.relu(h).mean((2, 3))
+
+
+class DownBlock(nn.Module):
+    """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W).
+
+    With `halve` -> (B, c_out, H/2, W/2). A ReLU stands before each 3x3 conv, except that the
+    `first` block, which sees an image, begins without one.
+    """
+
+    def __init__(self, c_in, c_out, first=False, halve=False):
+        super().__init__()
+        self.first = first
+        self.halve = halve
+        self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve else nn.Identity()
+
+    def forward(self, h):
+        out = self.conv1(h if self.first else F.relu(h))
+        out = self.conv2(F.relu(out))
+        if self.halve:  # a 1x1 conv of means is the mean of 1x1 convs, and cheaper
+            out = F.avg_pool2d(out, 2)
+            h = F.avg_pool2d(h, 2)
+        return out + self.shortcut(h)
+
+
+def down_blocks(channels, width):
+    """The four blocks of encoder and discriminator: (B, C, H, W) -> (B, width, H/4, W/4)."""
+    return nn.ModuleList([DownBlock(channels, width, first=True, halve=True),
+                          DownBlock(width, width, halve=True),
+                          DownBlock(width, width), DownBlock(width, width)])
+
+
+class UpCell(nn.Module):
+    """AutoGAN's cell: h (B, width, H, W) -> output and `skip`, both (B, width, 2H, 2W).
+
+    `skip` is the sum that the second conv sees, before the ReLU. It contains the skips of the
+    cells before this one, enlarged; the cells after this one add it to theirs.
+    """
+
+    def __init__(self, width, mode, earlier_cells, shortcut):
+        super().__init__()
+        self.mode = mode
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.skips = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(earlier_cells)])
+        self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
+
+    def forward(self, h, earlier_skips):
+        size = (2 * h.shape[2], 2 * h.shape[3])
+        skip = self.conv1(F.interpolate(F.relu(h), size=size, mode=self.mode))
+        for conv, earlier_skip in zip(self.skips, earlier_skips):
+            # Enlarged after the 1x1 conv: the same values, less work.
+            skip = skip + F.interpolate(conv(earlier_skip), size=size, mode=self.mode)
+        out = self.conv2(F.relu(skip))
+        if self.shortcut is not None:
+            out = out + F.interpolate(self.shortcut(h), size=size, mode=self.mode)
+        return out, skip
+
+
+class ScaledConv(nn.Conv2d):
+    """A conv, followed by a leaky ReLU if it is not `linear`.
+
+    Its weights begin at N(0, 1), and are multiplied by gain / √fan_in where they are used: one rate
+    of Adam, whose steps are of one size, is then the same relative change in every layer.
+    """
+
+    def __init__(self, c_in, c_out, kernel, padding=0, linear=False):
+        super().__init__(c_in, c_out, kernel, padding=padding)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+        gain = 1 if linear else math.sqrt(2)
+        self.scale = gain / math.sqrt(c_in * kernel**2)
+        self.linear = linear
+
+    def forward(self, h):
+        h = self._conv_forward(h, self.weight * self.scale, self.bias)
+        return h if self.linear else F.leaky_relu(h, 0.2)
+
+
+class PixelNorm(nn.Module):
+    """Each pixel's features divided by their root mean square: (B, C, H, W) -> same."""
+
+    def forward(self, h):
+        # Autocast has rsqrt in fp32, and so would have all features that follow.
+        return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8).to(h.dtype)
+
+
+def minibatch_deviation(h):
+    """One map more: the standard deviation over 4 images, averaged over (C, H, W), B/4 numbers.
+
+    D sees by it if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
+    Where B does not divide by 4, groups are of 2, or of 1, which tells nothing.
+    """
+    group = math.gcd(4, len(h))
+    variance = h.float().unflatten(0, (-1, group)).var(1, correction=0)  # (B/4, C, H, W)
+    deviation = torch.sqrt(variance + 1e-8).mean((1, 2, 3), keepdim=True).to(h.dtype)
+    maps = deviation.repeat_interleave(group, 0).expand(-1, 1, *h.shape[2:])
+    return torch.cat([h, maps], 1)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1283,6 +1157,137 @@ def save_editing(cfg, model, images, folder, step):
                f"{sheet_title(cfg, images, 'test', step)}\n"
                f"x, then its code plus 0, ½, 1 … 3 times the direction to label {value}",
                {"x, x̂ of edited z": rows}, keep_columns=True)
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+# Copied from vae.py: flag
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGAN's
+    "autogan": {"epochs": 800, "latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False,
+                "gan": "hinge", "contrast_layers": "b1,final"},
+    "progan": {"epochs": 100, "latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True,
+               "gan": "wgan", "contrast_layers": "b8,final"},
+}
+
+
+# Changed from vae.py: four losses, the discriminator's game, the contrast
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the released code's for CIFAR-10, ProGAN's with its networks, and K.
+
+    Where these differ from the paper: docs/dcvae.md, section 11.
+    """
+
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
+                        "lsun, or a folder")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    size: int = flag(None, "side of the images, 8 · n, progan 16, 32, … (default: the dataset's)",
+                     fixed=True)
+    backbone: str = flag(None, "of networks (default: autogan below 64 pixels, else progan)",
+                         fixed=True, choices=("autogan", "progan"))
+    loss: str = flag("dcvae", "the four models of Table 1", fixed=True,
+                     choices=("vae", "vaegan", "contrastive", "dcvae"))
+    latent: int = flag(None, "L, dimensions of z (default 128, progan 512)", fixed=True)
+    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
+    epochs: int = flag(None, "passes over the training images, counted at full size; with a gan, "
+                       "encoder and decoder learn from 1 batch in --d_steps (default 800, progan "
+                       "100)")
+    steps: int = flag(None, "training steps, each with one update of encoder and decoder "
+                      "(overrides --epochs)")
+    # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
+    batch_size: int = flag(None, "images an update, all processes together; more where progan has "
+                           "not grown yet (default 64, progan 2048/size)", fixed=True)
+    d_steps: int = flag(None, "updates of D a step, each on its own batch (default 5, progan and "
+                        "--loss contrastive 1)", fixed=True)
+    lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
+                     fixed=True, low=0)
+    grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
+    phase_steps: int = flag(None, "progan: steps of each fade, and between fades (default: so that "
+                            "growing takes half of all steps)", fixed=True)
+    kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
+                            fixed=True, low=0)
+    gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
+                    "ProGAN's gradient penalty (default hinge, progan wgan)",
+                    fixed=True, choices=("hinge", "log", "wgan"))
+    negatives: int = flag(8096, "K, the other images that x is told from in the contrast",
+                          fixed=True)
+    temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
+    momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
+                           fixed=True, low=0, high=1)
+    contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan b8, and "
+                                "the last features (default b1,final, progan b8,final)", fixed=True)
+    patch_after: int = flag(None, "steps until local patches are contrasted too (default: never)",
+                            fixed=True, low=0)
+    ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
+                      fixed=True, low=0, high=1)
+    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere "
+                      "on and CPUs with AVX512-BF16, else fp32", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
+                    "then has the lowest validation FID (default: none)")
+    path_length: int = flag(None, "pairs of codes for the perceptual path length (default: none)")
+    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS")
+    clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
+    draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
+    label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
+    label_value: int = flag(None, "editing: the label that is added (default: the largest)", low=0)
+
+    def __post_init__(self):
+        size = self.size or DATASETS.get(self.dataset, (64,))[0]
+        if self.backbone is None:
+            self.backbone = "autogan" if size < 64 else "progan"
+        if self.batch_size is None:
+            self.batch_size = 64 if self.backbone == "autogan" else max(4, 2048 // size)
+        for name, value in DEFAULTS[self.backbone].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.eval_images is None and self.small:
+            self.eval_images = 500
+        if self.kl_weight is None:
+            # NOTE(paper): Eqs. (3), (8) have 1, with which an empty code minimises Eq. (8). The
+            # release has 1e-6 on a sum over 64 images, 6.4e-5 on their mean, in both of its updates
+            # of encoder and decoder: gan + kl, then contrast + kl. Here dcvae has one update, gan +
+            # contrast + kl, so its KL weighs half as much as there.
+            self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
+
+    @property
+    def variant(self):
+        """The part of the run folder's name that tells of the model."""
+        variant = f"{self.loss}-z{self.latent}"
+        if self.backbone == "progan":
+            variant = f"progan-{variant}"
+        return f"{variant}-small" if self.small else variant
+
+    def check(self):
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.size is not None and self.backbone == "autogan":
+            start_side(self.size)
+        if self.size is not None and self.backbone == "progan":
+            feature_maps(self, self.size)
+        if self.grow and self.backbone == "autogan":
+            raise UserError("--grow is for --backbone progan")
+        if self.phase_steps and not self.grow:
+            raise UserError("--phase_steps is for a model that grows")
+        if self.lpips_weights and not Path(self.lpips_weights).is_file():
+            raise UserError(f"there is no {self.lpips_weights} (--lpips_weights)")
+        if self.patch_after is not None and self.backbone == "progan":
+            raise UserError("--patch_after is for --backbone autogan")
+        parse_layers(self)
 
 
 # --- same in every script -------------------------------------------------------------------------

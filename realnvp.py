@@ -49,270 +49,9 @@ from common import (
     seed_noise, to_json, to_uint8, write_results)
 
 
-# ---- Config --------------------------------------------------------------------------------------
-
-# Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-# Changed from vae.py: no latent and no prior; what the plane needs
-@dataclasses.dataclass
-class Config:
-    """The flags. Defaults: the paper's for CIFAR-10 (4.1), else as released; epochs are ours."""
-
-    dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, "
-                        "stl10, imagenette, celeba, celebahq, lsun, or a folder")
-    data_dir: str = flag("data", "where datasets are kept")
-    out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, even; above 32 without --small 40, 48, 56, 64, "
-                     "80 … (default: the dataset's)", fixed=True)
-    small: bool = flag(False, "network narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
-    steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step, all processes together (default 64, points 512)",
-                           fixed=True)
-    lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
-                     "from 1000 on falls, to a tenth", fixed=True, low=0)
-    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
-                           fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on and CPUs with AVX512-BF16, else fp32",
-                      choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
-    log_every: int = flag(50, "steps between progress lines")
-    eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
-    iw_samples: int = flag(16, "S of the importance-weighted bound: S passes over the images")
-    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
-    temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples", low=0)
-    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
-
-    def __post_init__(self):
-        plane = self.dataset in POINTS
-        if self.epochs is None:
-            self.epochs = 20 if plane else 1000
-        if self.batch_size is None:
-            self.batch_size = 512 if plane else 64
-        if self.lr is None:
-            self.lr = 3e-3 if plane else 1e-3
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
-        if self.iw_images is None and self.small:
-            self.iw_images = 200
-
-    @property
-    def variant(self):
-        """The part of the run folder's name that tells of the model."""
-        return "small" if self.small else "full"
-
-    def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
-        if self.dataset not in POINTS:
-            scales_for(self.size or 32, self.small)
-
-
-# ---- Building blocks: couplings and their networks -----------------------------------------------
-
-# Changed from vae.py: no strides, and a fixed start
-def conv(c_in, c_out, kernel=3, gain=1.0):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width.
-
-    g starts at gain·√2, for the half of the mean square that a mask or a ReLU takes before it
-    (skips: after it; He et al. 2015).
-    """
-    layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
-    g = layer.parametrizations.weight.original0
-    nn.init.constant_(g, gain * 2**0.5)
-    return layer
-
-
-def zeroed(layer):
-    """The layer with weights and biases 0.
-
-    It has no weight norm, under which a step would lengthen a whole filter, and not each of its
-    weights, by the learning rate: too slow a way out of 0.
-    """
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class ResNet(nn.Module):
-    """s and t of a coupling (section 4.1): residual blocks, ReLU first, with skip connections.
-
-    A skip goes to the output from each block and from `enter`. (B, C, H, W) -> (B, 2C, H, W), 0 at
-    first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
-    """
-
-    def __init__(self, channels, hidden, blocks):
-        super().__init__()
-        self.enter = conv(channels, hidden)
-        self.blocks = nn.ModuleList()
-        for _ in range(blocks):  # the gains keep sums over blocks from growing with their number
-            first = conv(hidden, hidden)
-            second = conv(hidden, hidden, gain=blocks**-0.5)
-            self.blocks.append(nn.Sequential(nn.ReLU(), first, nn.ReLU(), second))
-        self.skips = nn.ModuleList()
-        for _ in range(blocks + 1):
-            self.skips.append(conv(hidden, hidden, 1, gain=(blocks + 1)**-0.5))
-        self.leave = zeroed(nn.Conv2d(hidden, 2 * channels, 1))
-        # Adam moves each weight alike: with this s moves by as much as it would by 32 features.
-        self.slowed = 32 / hidden
-
-    def forward(self, z):
-        h = self.enter(z)
-        skipped = self.skips[0](h)
-        for block, skip in zip(self.blocks, self.skips[1:]):
-            h = h + block(h)
-            skipped = skipped + skip(h)
-        return self.leave(F.relu(skipped)) * self.slowed
-
-
-def mlp(channels, side, hidden=64):
-    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first.
-
-    Points have `channels` 2 and `side` 1.
-    """
-    values = channels * side**2
-    return nn.Sequential(nn.Flatten(), nn.Linear(values, hidden), nn.ReLU(),
-                         nn.Linear(hidden, hidden), nn.ReLU(),
-                         zeroed(nn.Linear(hidden, 2 * values)),
-                         nn.Unflatten(1, (2 * channels, side, side)))
-
-
-class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
-
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
-    """
-
-    def __init__(self, mask, channels, net):
-        super().__init__()
-        self.net = net  # C channels -> 2C
-        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
-        self.register_buffer("mask", mask.float(), persistent=False)
-
-    def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
-        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        moves = 1 - self.mask
-        return self.s_limit * torch.tanh(s) * moves, t * moves
-
-    def forward(self, z):
-        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
-        s, t = self.s_t(z)
-        return z * torch.exp(s) + t, s.sum((1, 2, 3))
-
-    def inverse(self, z_next):
-        """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
-        return (z_next - t) * torch.exp(-s)
-
-
-class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
-
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
-    """
-
-    def __init__(self, mask, count, channels, side, make_net):
-        super().__init__()
-        for i in range(count):
-            net = make_net(channels, side)
-            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
-
-    def forward(self, z):
-        log_det = 0.0
-        for coupling in self:
-            z, log_det_i = coupling(z)
-            log_det = log_det + log_det_i
-        return z, log_det
-
-    def inverse(self, z):
-        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
-        for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
-
-
-class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
-
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
-    """
-
-    def __init__(self, channels, side, scales, make_net):
-        super().__init__()
-        row = torch.arange(side).view(-1, 1)
-        column = torch.arange(side)
-        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
-        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
-        self.rest = None
-        if scales == 1:
-            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
-        else:
-            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
-            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
-            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
-
-    def forward(self, z):
-        z, log_det = self.fine(z)
-        if self.rest is None:
-            return z, log_det
-        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
-        rest, done = z.chunk(2, 1)
-        rest, log_det_rest = self.rest(rest)
-        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
-        return v, log_det + log_det_squeezed + log_det_rest
-
-    def inverse(self, v):
-        if self.rest is None:
-            return self.fine.inverse(v)
-        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
-        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
-        return self.fine.inverse(F.pixel_shuffle(z, 2))
-
-
 # ---- The model -----------------------------------------------------------------------------------
 
 ALPHA = 0.05  # keeps the logit of black and white finite
-
-# Changed from vae.py: residual networks
-WIDTHS = {  # residual blocks in s and t; their features, doubled as the side halves
-    "32": (8, 64),  # the paper's for CIFAR-10, here for all up to 32
-    "64": (2, 32),  # the paper's for 64x64
-    "small": (1, 32),  # ours
-}
-
-
-def scales_for(size, small):
-    """Scales for images of `size` pixels; UserError if the size cannot be halved so often.
-
-    2 up to 32 ("downscale only once") and if small, else as many as lead down to 4 … 7 pixels.
-    """
-    scales = 2
-    if size > 32 and not small:
-        scales = int(math.log2(size / 4)) + 1
-    if size % 2**(scales - 1):
-        raise UserError(f"size {size} is no multiple of {2**(scales - 1)}, "
-                        f"which {scales} scales need: take 16, 32, 64 …")
-    return scales
 
 
 class RealNVP(nn.Module):
@@ -438,6 +177,203 @@ class RealNVP(nn.Module):
         return (back - self.postprocess(y)).abs()
 
 
+# ---- Special to this model -----------------------------------------------------------------------
+# Coupling layers, and the flow that they make up.
+
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
+
+    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
+    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
+    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    """
+
+    def __init__(self, mask, channels, net):
+        super().__init__()
+        self.net = net  # C channels -> 2C
+        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask.float(), persistent=False)
+
+    def s_t(self, z):
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
+
+    def forward(self, z):
+        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
+        s, t = self.s_t(z)
+        return z * torch.exp(s) + t, s.sum((1, 2, 3))
+
+    def inverse(self, z_next):
+        """z' -> z (B, C, H, W)."""
+        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        return (z_next - t) * torch.exp(-s)
+
+
+class Couplings(nn.ModuleList):
+    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
+
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
+    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
+    coupling.
+    """
+
+    def __init__(self, mask, count, channels, side, make_net):
+        super().__init__()
+        for i in range(count):
+            net = make_net(channels, side)
+            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
+
+    def forward(self, z):
+        log_det = 0.0
+        for coupling in self:
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return z, log_det
+
+    def inverse(self, z):
+        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
+        for coupling in reversed(self):
+            z = coupling.inverse(z)
+        return z
+
+
+class Flow(nn.Module):
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
+
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
+    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
+    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
+    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
+    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    """
+
+    def __init__(self, channels, side, scales, make_net):
+        super().__init__()
+        row = torch.arange(side).view(-1, 1)
+        column = torch.arange(side)
+        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
+        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
+        self.rest = None
+        if scales == 1:
+            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
+        else:
+            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
+            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
+            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
+
+    def forward(self, z):
+        z, log_det = self.fine(z)
+        if self.rest is None:
+            return z, log_det
+        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
+        rest, done = z.chunk(2, 1)
+        rest, log_det_rest = self.rest(rest)
+        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
+        return v, log_det + log_det_squeezed + log_det_rest
+
+    def inverse(self, v):
+        if self.rest is None:
+            return self.fine.inverse(v)
+        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
+        return self.fine.inverse(F.pixel_shuffle(z, 2))
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+# Changed from vae.py: residual networks
+WIDTHS = {  # residual blocks in s and t; their features, doubled as the side halves
+    "32": (8, 64),  # the paper's for CIFAR-10, here for all up to 32
+    "64": (2, 32),  # the paper's for 64x64
+    "small": (1, 32),  # ours
+}
+
+
+def scales_for(size, small):
+    """Scales for images of `size` pixels; UserError if the size cannot be halved so often.
+
+    2 up to 32 ("downscale only once") and if small, else as many as lead down to 4 … 7 pixels.
+    """
+    scales = 2
+    if size > 32 and not small:
+        scales = int(math.log2(size / 4)) + 1
+    if size % 2**(scales - 1):
+        raise UserError(f"size {size} is no multiple of {2**(scales - 1)}, "
+                        f"which {scales} scales need: take 16, 32, 64 …")
+    return scales
+
+
+class ResNet(nn.Module):
+    """s and t of a coupling (section 4.1): residual blocks, ReLU first, with skip connections.
+
+    A skip goes to the output from each block and from `enter`. (B, C, H, W) -> (B, 2C, H, W), 0 at
+    first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
+    """
+
+    def __init__(self, channels, hidden, blocks):
+        super().__init__()
+        self.enter = conv(channels, hidden)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):  # the gains keep sums over blocks from growing with their number
+            first = conv(hidden, hidden)
+            second = conv(hidden, hidden, gain=blocks**-0.5)
+            self.blocks.append(nn.Sequential(nn.ReLU(), first, nn.ReLU(), second))
+        self.skips = nn.ModuleList()
+        for _ in range(blocks + 1):
+            self.skips.append(conv(hidden, hidden, 1, gain=(blocks + 1)**-0.5))
+        self.leave = zeroed(nn.Conv2d(hidden, 2 * channels, 1))
+        # Adam moves each weight alike: with this s moves by as much as it would by 32 features.
+        self.slowed = 32 / hidden
+
+    def forward(self, z):
+        h = self.enter(z)
+        skipped = self.skips[0](h)
+        for block, skip in zip(self.blocks, self.skips[1:]):
+            h = h + block(h)
+            skipped = skipped + skip(h)
+        return self.leave(F.relu(skipped)) * self.slowed
+
+
+def mlp(channels, side, hidden=64):
+    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first.
+
+    Points have `channels` 2 and `side` 1.
+    """
+    values = channels * side**2
+    return nn.Sequential(nn.Flatten(), nn.Linear(values, hidden), nn.ReLU(),
+                         nn.Linear(hidden, hidden), nn.ReLU(),
+                         zeroed(nn.Linear(hidden, 2 * values)),
+                         nn.Unflatten(1, (2 * channels, side, side)))
+
+
+# ---- Building blocks -----------------------------------------------------------------------------
+
+# Changed from vae.py: no strides, and a fixed start
+def conv(c_in, c_out, kernel=3, gain=1.0):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width.
+
+    g starts at gain·√2, for the half of the mean square that a mask or a ReLU takes before it
+    (skips: after it; He et al. 2015).
+    """
+    layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
+    g = layer.parametrizations.weight.original0
+    nn.init.constant_(g, gain * 2**0.5)
+    return layer
+
+
+def zeroed(layer):
+    """The layer with weights and biases 0.
+
+    It has no weight norm, under which a step would lengthen a whole filter, and not each of its
+    weights, by the learning rate: too slow a way out of 0.
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 # Changed from vae.py: Adam, its rate, l2, clipping; nothing to initialise
@@ -498,46 +434,6 @@ def train(cfg, model, images, folder, checkpoint):
     save(folder / "last.pt", cfg, model, optimizer, state)
 
 
-# Copied from vae.py: start_of_cooldown
-def start_of_cooldown(cfg, state, total):
-    """The step after which the learning rate falls, to zero at the end of `total` steps.
-
-    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
-    already falls towards another last step.
-    """
-    if total < state["step"]:
-        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
-    planned = state.get("total", total)
-    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
-        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
-                        f"its --steps cannot become {total}: take another --name")
-    state["total"] = total
-    return (1 - cfg.cooldown) * total
-
-
-# Copied from vae.py: validate
-def validate(cfg, model, images, folder, optimizer, state):
-    """The bound on validation images, figures, and best.pt where it is the best so far.
-
-    Process 0 does it while the others wait, and the clock of training stands still.
-    """
-    began = time.perf_counter()
-    if processes()[0] == 0:
-        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
-        dims = math.prod(images.shape)
-        with inference(cfg, model):
-            terms = mean_terms(model, valid)
-            save_figures(cfg, model, images, folder, "valid", state["step"])
-        log_row(folder, state, "valid", terms, dims)
-        draw_curves(folder, ["bpd"])
-        bpd = bits_per_dim(sum(terms.values()), dims)
-        if bpd < state["best"]:
-            state["best"] = bpd
-            save(folder / "best.pt", cfg, model, optimizer, state)
-    barrier()
-    state["start"] += time.perf_counter() - began
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 # Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
@@ -573,19 +469,6 @@ def evaluate(cfg, model, images, folder, state):
             results |= fid(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
     write_results(folder, results)
-
-
-# Copied from vae.py: fid
-def fid(cfg, model, images):
-    """FID of --fid samples against train and test, and Inception Score.
-
-    {} if Inception's weights cannot be had.
-    """
-    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
-    if inception is None:
-        return {}
-    references = reference_statistics(inception, images, cfg.device)
-    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
 
 
 # Changed from vae.py: temperatures, arcs in v, errors of the inverse; the plane
@@ -678,6 +561,132 @@ def draw_lines(axes, grid):
     """50 grey lines of 193 points: grid (50·193, 2, 1, 1)."""
     horizontal, vertical = grid.view(50, 193, 2).permute(2, 1, 0).cpu().numpy()
     axes.plot(horizontal, vertical, color="0.8", linewidth=0.4, zorder=0)
+
+
+# ---- Copied from the other scripts ---------------------------------------------------------------
+# What follows is not new here.
+
+# Copied from vae.py: start_of_cooldown
+def start_of_cooldown(cfg, state, total):
+    """The step after which the learning rate falls, to zero at the end of `total` steps.
+
+    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
+    already falls towards another last step.
+    """
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
+    planned = state.get("total", total)
+    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
+        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
+                        f"its --steps cannot become {total}: take another --name")
+    state["total"] = total
+    return (1 - cfg.cooldown) * total
+
+
+# Copied from vae.py: validate
+def validate(cfg, model, images, folder, optimizer, state):
+    """The bound on validation images, figures, and best.pt where it is the best so far.
+
+    Process 0 does it while the others wait, and the clock of training stands still.
+    """
+    began = time.perf_counter()
+    if processes()[0] == 0:
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
+        dims = math.prod(images.shape)
+        with inference(cfg, model):
+            terms = mean_terms(model, valid)
+            save_figures(cfg, model, images, folder, "valid", state["step"])
+        log_row(folder, state, "valid", terms, dims)
+        draw_curves(folder, ["bpd"])
+        bpd = bits_per_dim(sum(terms.values()), dims)
+        if bpd < state["best"]:
+            state["best"] = bpd
+            save(folder / "best.pt", cfg, model, optimizer, state)
+    barrier()
+    state["start"] += time.perf_counter() - began
+
+
+# Copied from vae.py: fid
+def fid(cfg, model, images):
+    """FID of --fid samples against train and test, and Inception Score.
+
+    {} if Inception's weights cannot be had.
+    """
+    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
+    if inception is None:
+        return {}
+    references = reference_statistics(inception, images, cfg.device)
+    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+# Copied from vae.py: flag
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# Changed from vae.py: no latent and no prior; what the plane needs
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults: the paper's for CIFAR-10 (4.1), else as released; epochs are ours."""
+
+    dataset: str = flag("shapes", "moons, rings, spirals, checkerboard; shapes, mnist, cifar10, "
+                        "stl10, imagenette, celeba, celebahq, lsun, or a folder")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    size: int = flag(None, "side of the images, even; above 32 without --small 40, 48, 56, 64, "
+                     "80 … (default: the dataset's)", fixed=True)
+    small: bool = flag(False, "network narrowed for a laptop CPU, quick evaluation", fixed=True)
+    epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(None, "images a step, all processes together (default 64, points 512)",
+                           fixed=True)
+    lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
+                     "from 1000 on falls, to a tenth", fixed=True, low=0)
+    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
+                           fixed=True, low=0, high=1)
+    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    iw_samples: int = flag(16, "S of the importance-weighted bound: S passes over the images")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples", low=0)
+    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
+
+    def __post_init__(self):
+        plane = self.dataset in POINTS
+        if self.epochs is None:
+            self.epochs = 20 if plane else 1000
+        if self.batch_size is None:
+            self.batch_size = 512 if plane else 64
+        if self.lr is None:
+            self.lr = 3e-3 if plane else 1e-3
+        if self.eval_images is None and self.small:
+            self.eval_images = 500
+        if self.iw_images is None and self.small:
+            self.iw_images = 200
+
+    @property
+    def variant(self):
+        """The part of the run folder's name that tells of the model."""
+        return "small" if self.small else "full"
+
+    def check(self):
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.dataset not in POINTS:
+            scales_for(self.size or 32, self.small)
 
 
 # --- same in every script -------------------------------------------------------------------------

@@ -53,715 +53,7 @@ from common import (
     seconds_to_sample, seed_noise, to_json, to_uint8, write_results)
 
 
-# ---- Config --------------------------------------------------------------------------------------
-
-# Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-# Changed from vae.py: --transform and --levels; no mixture prior
-@dataclasses.dataclass
-class Config:
-    """The flags. Defaults are the paper's; where it is silent, the released code's."""
-
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
-                        "lsun, or a folder")
-    data_dir: str = flag("data", "where datasets are kept")
-    out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
-    transform: str = flag("downscale", "d, which makes y", fixed=True, choices=(
-        "downscale", "sketch", "grayscale", "edges", "posterize"))
-    levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
-                       fixed=True, low=0)
-    prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives no probability to a y_{k+1} whose d is "
-                       "not y_k", fixed=True)
-    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(2000, "passes over the training images")
-    steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(32, "images a step, all processes together", fixed=True)
-    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
-                     fixed=True, low=0)
-    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
-                           fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on and CPUs with AVX512-BF16, else fp32",
-                      choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
-    log_every: int = flag(50, "steps between progress lines")
-    eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
-    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
-    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
-    temperature: float = flag(1.0, "figures: scale of the priors' noise", low=0)
-    mean: bool = flag(False, "figures: show the mean of p(y|·) and p(x|·), not a sample")
-    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
-
-    def __post_init__(self):
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
-        if self.iw_images is None and self.small:
-            self.iw_images = 200
-        if self.iw_samples is None:
-            self.iw_samples = 64 if self.small else 512
-
-    @property
-    def variant(self):
-        """The part of the run folder's name that tells of the model."""
-        exact = "-exact" if self.exact else ""
-        small = "-small" if self.small else ""
-        return f"{self.transform}{self.levels}-{self.prior}{exact}{small}"
-
-    def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
-        if self.size is not None:
-            halvings(self.size)
-
-
-# ---- Building blocks (A.3): weight norm, dense blocks, channel attention -------------------------
-
-# Copied from vae.py: conv
-def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)).
-
-    It keeps height and width or divides them by `stride`. A `transposed` one is 3x3 and doubles
-    them. `sd` is the standard deviation of its output after data_dependent_init.
-    """
-    if transposed:
-        layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
-    else:
-        layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
-    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
-    nn.init.normal_(layer.weight, std=0.05)
-    layer.initial_sd = sd
-    # One g for each output channel: dimension 1 of a transposed weight.
-    return weight_norm(layer, dim=1 if transposed else 0)
-
-
-# Copied from vae.py: data_dependent_init
-@torch.no_grad()
-def data_dependent_init(model, forward):
-    """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
-
-    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
-    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
-    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
-    """
-    def normalise(layer, inputs, output):
-        if output.shape[2:] == (1, 1):
-            return output
-        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
-        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
-        ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
-        g = layer.parametrizations.weight.original0
-        g.mul_(ratio.view_as(g))
-        layer.bias.sub_(mean).mul_(ratio)
-        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
-
-    layers = [layer for layer in model.modules() if hasattr(layer, "initial_sd")]
-    hooks = [layer.register_forward_hook(normalise) for layer in layers]
-    forward()
-    for hook in hooks:
-        hook.remove()
-
-
-# Copied from vae.py: ChannelAttention
-class ChannelAttention(nn.Module):
-    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
-
-    (B, C, H, W) -> same.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        hidden = max(1, channels // 8)  # as released
-        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True),
-                                  conv(hidden, channels, 1), nn.Sigmoid())
-
-    def forward(self, h):
-        return h * self.gate(h.mean((2, 3), keepdim=True))
-
-
-# Copied from vae.py: DenseBlock
-class DenseBlock(nn.Module):
-    """Dense layers (Huang et al. 2016), each of which appends `growth` channels to its input.
-
-    A layer is a 1x1 conv to 4·growth channels and a 3x3 conv. Channel attention ends the block.
-    (B, C, H, W) -> (B, C + layers·growth, H, W).
-    """
-
-    def __init__(self, channels, growth, layers):
-        super().__init__()
-        # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
-        # released code neither has: after each layer one ELU is applied to all channels so far, to
-        # early ones again and again. The parameters are the same, the memory traffic is half.
-        # ELU can work in place, since its gradient can be computed from its output.
-        self.layers = nn.ModuleList()
-        for _ in range(layers):
-            self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
-                                             conv(4 * growth, growth), nn.ELU(inplace=True)))
-            channels += growth
-        self.attention = ChannelAttention(channels)
-        self.channels = channels  # of the output
-
-    def forward(self, h):
-        for layer in self.layers:
-            new = layer(h)
-            h = h.to(new.dtype)  # cat with the fp32 input would make all later features fp32
-            h = torch.cat([h, new], 1)
-        return self.attention(h)
-
-
-# ---- Networks: `growth` is that of the block at 8x8, and halves as the side doubles --------------
-
-# Copied from vae.py: LATENT
-LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
-
-
-# Copied from vae.py: halvings
-def halvings(size):
-    """How often `size` halves on the way down to 8; UserError if it is not 8 · 2ⁿ."""
-    n = int(math.log2(size / 8)) if size >= 8 else 0
-    if size != 8 * 2**n:
-        raise UserError(f"images of side {size} do not halve down to 8: take 8, 16, 32, 64, 128 …")
-    return n
-
-
-# Copied from vae.py: Encoder
-class Encoder(nn.Sequential):
-    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
-
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
-    0.1, q(z|x) starts near N(0, 1).
-    """
-
-    def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
-        parts = []
-        for halvings_left in range(halvings(size), -1, -1):
-            block = DenseBlock(channels, max(1, growth >> halvings_left), layers)
-            parts.append(block)
-            channels = block.channels
-            if halvings_left:
-                parts += [conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True)]
-                channels *= 2
-        super().__init__(*parts, conv(channels, c_out, 1, sd=sd))
-
-
-# Copied from vae.py: Decoder
-class Decoder(nn.Sequential):
-    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
-
-    (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
-    """
-
-    def __init__(self, size, growth, layers, c_out, sd):
-        parts = []
-        channels = LATENT[0]
-        for doublings_done in range(halvings(size) or 1):  # at size 8: one block, nothing doubled
-            block = DenseBlock(channels, max(1, growth >> doublings_done), layers)
-            parts.append(block)
-            channels = block.channels
-            if size > 8:
-                parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
-                channels //= 2
-        super().__init__(*parts, conv(channels, c_out, sd=sd))
-
-
-# Copied from vae.py: gaussian
-def gaussian(params):
-    """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
-
-    The first 16 channels are μ, the others log σ², which is clamped to [-7, 7] as released.
-    """
-    mean, log_var = params.float().chunk(2, 1)
-    sd = torch.exp(0.5 * F.hardtanh(log_var, -7, 7))
-    return Independent(Normal(mean, sd), 3)
-
-
-def dense_blocks(channels, growth, layers, c_out, sd=1.0):
-    """Three dense blocks, of this growth at any side, then a 1x1 conv.
-
-    (B, channels, H, W) -> (B, c_out, H, W).
-    """
-    parts = []
-    for _ in range(3):
-        block = DenseBlock(channels, growth, layers)
-        parts.append(block)
-        channels = block.channels
-    return nn.Sequential(*parts, conv(channels, c_out, 1, sd=sd))
-
-
-class ConditionalPrior(nn.Module):
-    """p(z_k | y_k, z_{k-1}), a Gaussian over (16, 8, 8).
-
-    y_k is (B, channels, size, size), z_{k-1} (B, 16, 8, 8).
-    """
-
-    def __init__(self, channels, size, y_width, latent_width):
-        super().__init__()
-        c = LATENT[0]
-        encoder = Encoder(channels, size, *y_width, c_out=c, sd=1.0)
-        self.from_y = nn.Sequential(encoder, nn.ELU())  # an ELU after y's branch alone, as released
-        self.from_z = dense_blocks(c, *latent_width, c)
-        self.joint = dense_blocks(2 * c, *latent_width, 2 * c, sd=0.1)
-
-    def forward(self, y, z):
-        return self.given(self.from_y(y), z)
-
-    def given(self, h, z):
-        """The same from h = from_y(y_k), which `log_weights` computes once for all samples."""
-        return gaussian(self.joint(torch.cat([h, self.from_z(z)], 1)))
-
-
-class ConditionalDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
-
-    `z_features` is the number of channels that z becomes at full size. `interval` is that of
-    TRANSFORMS with --exact, else None: it restricts every value to what y_k leaves possible.
-    NOTE(paper): for a `coarse` y_k, which is a simpler y_{k+1}, the mixture is one of
-    y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
-    copy its input. The number of parameters is the same.
-    """
-
-    def __init__(self, channels, size, c_out, coarse, interval, z_width, z_features, joint_width):
-        super().__init__()
-        self.size = size
-        self.c_out = c_out
-        self.coarse = coarse
-        self.interval = interval
-        self.from_z = Decoder(size, *z_width, z_features, sd=1.0)
-        self.joint = dense_blocks(z_features + channels, *joint_width, dmol_channels(c_out), sd=0.1)
-
-    def forward(self, y, z):
-        enlarged_y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
-        params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
-        shift = enlarged_y if self.coarse else None
-        interval = None
-        if self.interval is not None:
-            interval = partial(self.interval, to_uint8(y).int(), [])
-        return Dmol(params, self.c_out, shift, interval)
-
-
-# ---- --exact, where y_k has half the side: the pixels of 2x2 blocks in turn ----------------------
-
-class InTurnDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8).
-
-    All its networks compute at the side of y_k.
-    NOTE(paper): there the pixels are independent given y_k and z_k, and most images that are drawn
-    have a d other than y_k. So the bound pays for y_k, and in y_{k+1} for the same once more.
-    """
-
-    def __init__(self, channels, side, interval, z_width, z_features, turn_width):
-        super().__init__()
-        self.interval = interval
-        self.from_z = Decoder(side, *z_width, z_features, sd=1.0)
-        self.turns = nn.ModuleList()
-        for before in range(3):
-            c_in = z_features + (5 + before) * channels  # y, four slopes, the errors before
-            self.turns.append(dense_blocks(c_in, *turn_width, dmol_channels(channels), sd=0.1))
-
-    def forward(self, y, z):
-        return InTurn(y, self.from_z(z), self.turns, self.interval)
-
-
-class InTurn:
-    """A distribution over the images x with d(x) = y.
-
-    The four pixels of a 2x2 block are drawn one after the other, each for all blocks at once:
-    p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three are Dmols, restricted to what y
-    and the pixels before leave possible. After downscaling that leaves the fourth at most four
-    values, which are equally probable.
-    """
-
-    def __init__(self, y, features, turns, interval):
-        self.y = y  # (B, C, h, w)
-        self.y_values = to_uint8(y).int()
-        self.features = features  # of z, (B, z_features, h, w)
-        self.turns = turns  # the networks
-        self.interval = interval
-        # A guess of x: y enlarged, then moved by a constant in each block, so that its mean is y.
-        guess = F.interpolate(y, scale_factor=2, mode="bilinear")
-        guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
-        self.guess = pixels_of_blocks(guess)
-        # Differences are about a quarter as large as y: times four, all inputs are of one size.
-        self.slopes = [4 * (pixel - y) for pixel in self.guess]
-
-    def given(self, pixels):
-        """p(x_i | y, z, x_1 … x_{i-1}): the factor of the pixel that comes after i - 1 `pixels`.
-
-        They are (B, C, h, w) each.
-        """
-        to_come = 4 - len(pixels)
-        before = [to_uint8(pixel).int() for pixel in pixels]
-        interval = partial(self.interval, self.y_values, before)
-        if to_come == 1:
-            return Uniform(*interval(None))
-        errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
-        # What the pixels before lack of the block's sum is divided among those to come.
-        shift = self.guess[len(pixels)] - sum(errors) / to_come
-        errors = [4 * error for error in errors]
-        inputs = torch.cat([self.features, self.y, *self.slopes, *errors], 1)
-        # In this layout whatever that of the pixels is: it decides how a convolution rounds.
-        params = self.turns[len(pixels)](inputs.contiguous(memory_format=torch.channels_last))
-        return Dmol(params, self.y.shape[1], shift, interval)
-
-    def log_prob(self, x):
-        """log p(x) in nats: (B, C, 2h, 2w) -> (B,), -inf where d(x) is not y."""
-        pixels = pixels_of_blocks(x)
-        log_p = 0.0
-        for i in range(4):
-            log_p = log_p + self.given(pixels[:i]).log_prob(pixels[i])
-        return log_p
-
-    def sample(self):
-        """x ~ p(x) -> (B, C, 2h, 2w), on the grid."""
-        pixels = []
-        for _ in range(4):
-            pixels.append(self.given(pixels).sample())
-        return image_of_pixels(pixels)
-
-    @property
-    def mean(self):
-        """Each pixel the mean of its factor given the means before -> (B, C, 2h, 2w).
-
-        Its d is y, too.
-        """
-        pixels = []
-        for _ in range(4):
-            pixels.append(self.given(pixels).mean)
-        return image_of_pixels(pixels)
-
-
-class Uniform:
-    """Independent values, each uniform from `low` to `high`: pixel values, int (B, C, h, w)."""
-
-    def __init__(self, low, high):
-        self.low = low
-        self.high = high
-
-    def log_prob(self, x):
-        """log p(x) in nats, (B,); -inf where a value is not among them."""
-        value = to_uint8(x).int()
-        possible = (self.low <= value) & (value <= self.high)
-        log_p = -torch.log((self.high - self.low + 1).float())
-        return torch.where(possible, log_p, -math.inf).sum((1, 2, 3))
-
-    def sample(self):
-        """x ~ p(x) -> (B, C, h, w), on the grid."""
-        count = self.high - self.low + 1
-        drawn = torch.rand(count.shape, device=count.device) * count
-        return from_uint8(self.low + drawn.int())
-
-    @property
-    def mean(self):
-        """The value in the middle, rounded down, on the grid."""
-        return from_uint8((self.low + self.high) // 2)
-
-
-def pixels_of_blocks(x):
-    """The pixels of all 2x2 blocks, row by row: (B, C, 2h, 2w) -> 4 of (B, C, h, w)."""
-    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).unbind(2)
-
-
-def image_of_pixels(pixels):
-    """The inverse: 4 of (B, C, h, w) -> (B, C, 2h, 2w)."""
-    return F.pixel_shuffle(torch.stack(pixels, 2).flatten(1, 2), 2)
-
-
-# ---- Prior p(u), u written z as in vae.py: log_prob(z) -> (B,) in nats; from_noise(v) -> z -------
-
-# Copied from vae.py: NormalPrior
-class NormalPrior(nn.Module):
-    """p(z) = N(0, 1)."""
-
-    def log_prob(self, z):
-        return Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
-
-    def from_noise(self, v):
-        return v
-
-
-# Copied from realnvp.py: Coupling
-class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
-
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
-    """
-
-    def __init__(self, mask, channels, net):
-        super().__init__()
-        self.net = net  # C channels -> 2C
-        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
-        self.register_buffer("mask", mask.float(), persistent=False)
-
-    def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
-        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        moves = 1 - self.mask
-        return self.s_limit * torch.tanh(s) * moves, t * moves
-
-    def forward(self, z):
-        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
-        s, t = self.s_t(z)
-        return z * torch.exp(s) + t, s.sum((1, 2, 3))
-
-    def inverse(self, z_next):
-        """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
-        return (z_next - t) * torch.exp(-s)
-
-
-# Copied from realnvp.py: Couplings
-class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
-
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
-    """
-
-    def __init__(self, mask, count, channels, side, make_net):
-        super().__init__()
-        for i in range(count):
-            net = make_net(channels, side)
-            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
-
-    def forward(self, z):
-        log_det = 0.0
-        for coupling in self:
-            z, log_det_i = coupling(z)
-            log_det = log_det + log_det_i
-        return z, log_det
-
-    def inverse(self, z):
-        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
-        for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
-
-
-# Copied from realnvp.py: Flow
-class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
-
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
-    """
-
-    def __init__(self, channels, side, scales, make_net):
-        super().__init__()
-        row = torch.arange(side).view(-1, 1)
-        column = torch.arange(side)
-        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
-        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
-        self.rest = None
-        if scales == 1:
-            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
-        else:
-            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
-            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
-            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
-
-    def forward(self, z):
-        z, log_det = self.fine(z)
-        if self.rest is None:
-            return z, log_det
-        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
-        rest, done = z.chunk(2, 1)
-        rest, log_det_rest = self.rest(rest)
-        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
-        return v, log_det + log_det_squeezed + log_det_rest
-
-    def inverse(self, v):
-        if self.rest is None:
-            return self.fine.inverse(v)
-        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
-        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
-        return self.fine.inverse(F.pixel_shuffle(z, 2))
-
-
-# Copied from vae.py: RealNVPPrior
-class RealNVPPrior(nn.Module):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
-
-    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
-    half of it, (32, 4, 4).
-    """
-
-    def __init__(self, growth, layers):
-        super().__init__()
-
-        def make_net(channels, side):  # the same at every side
-            block = DenseBlock(channels, growth, layers)
-            return nn.Sequential(block, conv(block.channels, 2 * channels, sd=0.0))  # s = t = 0
-
-        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, make_net=make_net)
-
-    def log_prob(self, z):
-        v, log_det = self.flow(z)
-        log_p_v = Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3))
-        return log_p_v + log_det
-
-    def from_noise(self, v):
-        return self.flow.inverse(v)
-
-
-# ---- The transformation d: integers 0 … 255 (B, C, H, W) -> the same, so exact on every device ---
-
-def downscale(y):
-    """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
-
-    NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear
-    filter, on the CPU.
-    """
-    top = y[..., ::2, ::2] + y[..., ::2, 1::2]
-    bottom = y[..., 1::2, ::2] + y[..., 1::2, 1::2]
-    return (top + bottom + 2) // 4
-
-
-def grayscale(y):
-    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up; grey y -> itself.
-
-    (B, 3, H, W) -> (B, 1, H, W).
-    """
-    if y.shape[1] == 1:
-        return y
-    return (299 * y[:, :1] + 587 * y[:, 1:2] + 114 * y[:, 2:] + 500) // 1000
-
-
-def shifted(y, dim, offset):
-    """Pixel i is pixel i + offset of y along `dim`; beyond the edge, the edge pixel."""
-    size = y.shape[dim]
-    index = torch.arange(size, device=y.device) + offset
-    return y.index_select(dim, index.clamp(0, size - 1))
-
-
-def sketch(y):
-    """Pencil sketch by colour dodge (A.6): grayscale over its own blur, so flat areas turn white.
-
-    dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a
-    Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
-    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another
-    algorithm. Here a and 255 - b are one larger than in the formula, so that black areas, where
-    it has 0 / 0, turn white like all flat ones.
-    """
-    a = grayscale(y)
-    b = 255 - a
-    for dim in (2, 3):
-        blurred = 0
-        for i in range(9):
-            blurred = blurred + math.comb(8, i) * shifted(b, dim, i - 4)
-        b = blurred
-    b = (b + 2**15) // 2**16  # the weights of each direction sum to 2⁸
-    return (255 * (a + 1) // (255 - b + 1)).clamp(max=255)
-
-
-def edges(y):
-    """Length of the gradient of the grayscale image, rounded, at most 255 -> (B, 1, H, W).
-
-    The gradient of a is (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}). Its length is the one float here,
-    and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
-    integer below 256² is at least 4e-4 away from m + ½.
-    """
-    a = grayscale(y)
-    across = shifted(a, 3, 1) - shifted(a, 3, -1)
-    down = shifted(a, 2, 1) - shifted(a, 2, -1)
-    length = (across**2 + down**2).float().sqrt()
-    return length.round().int().clamp(max=255)
-
-
-def posterize(y):
-    """The two high bits of each channel: 0, 85, 170 or 255. Shape as before."""
-    return y // 64 * 85
-
-
-# What d leaves of x: the lowest and the highest possible value of each channel of a pixel. All are
-# pixel values, int: y (B, C_y, h, w); `pixels`, those of its block that are known already; x
-# (B, C, h, w), the pixel itself, of which only the channels before are looked at, or None.
-
-def downscale_interval(y, pixels, x):
-    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    rest = 4 * y - sum(pixels)  # for this value and those to come
-    most_later = 255 * (3 - len(pixels))
-    low = rest - (2 + most_later)
-    high = rest + 1
-    return low.clamp(min=0), high.clamp(max=255)
-
-
-def grayscale_interval(y, pixels, x):
-    """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
-    weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:x.shape[1]]
-    known = (weights * x).cumsum(1) - weights * x  # what the channels before add to the sum
-    later = 1000 - weights.cumsum(0)  # the weights of the channels after
-    low = -((known + 255 * later + 500 - 1000 * y) // weights)  # rounded up
-    high = (1000 * y + 499 - known) // weights
-    return low.clamp(min=0), high.clamp(max=255)
-
-
-def posterize_interval(y, pixels, x):
-    """The 64 values with the same two high bits."""
-    low = y // 64 * 64  # d has 85 times as many, of the same high bits
-    return low, low + 63
-
-
-# --transform: d, the most --levels that make sense, and, if y is a coarse x, what d leaves of x.
-TRANSFORMS = {
-    "downscale": (downscale, math.inf, downscale_interval),
-    "sketch": (sketch, 1, None),
-    "grayscale": (grayscale, 1, grayscale_interval),
-    "edges": (edges, 1, None),
-    "posterize": (posterize, 1, posterize_interval),
-}
-
-
 # ---- The model -----------------------------------------------------------------------------------
-
-# Changed from vae.py: every factor has its own
-# (growth, layers) of the dense blocks of each factor. p_z: those of from_y, then those of from_z
-# and joint. p_x: those of from_z, how many channels it makes of z, those of joint. turn, ours: with
-# --exact and y of half the side, those of each of the three networks in place of joint.
-WIDTHS = {
-    "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
-    "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
-    "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
-    "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
-                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5)), turn=(48, 4)),
-    # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
-    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
-                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4)), turn=(24, 3)),
-    "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
-                        p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
-    # About as many parameters as "vae-small".
-    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
-                  p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2)), turn=(12, 2)),
-}
-
-
-def widths(cfg, size, y_size):
-    """The row of WIDTHS for x of `size` and y_1 of `y_size` pixels a side."""
-    if cfg.small:
-        return WIDTHS["small" if cfg.levels else "vae-small"]
-    if cfg.levels == 0:
-        return WIDTHS["vae-32" if size <= 32 else "vae-64"]
-    if y_size == size:
-        return WIDTHS["full-size y"]
-    return WIDTHS["released" if cfg.levels == 1 and size <= 32 else "deeper"]
-
 
 class SelfVAE(nn.Module):
     """The factors of K = cfg.levels levels: q_u, p_u, p_y, and the lists q_z, p_z, p_x.
@@ -1035,98 +327,340 @@ class SelfVAE(nn.Module):
         return images.unflatten(0, (-1, n))
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Special to this model -----------------------------------------------------------------------
+# First the transformation d: integers 0 … 255 (B, C, H, W) -> the same, so exact on every device.
 
-# Copied from vae.py: train
-def train(cfg, model, images, folder, checkpoint):
-    """Minimise -ELBO in nats per image, averaged over the batch.
+def downscale(y):
+    """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear
+    filter, on the CPU.
     """
-    rank, world = processes()
-    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
-                   augment=images.augment, parts=world)
-    dims = math.prod(images.shape)
-    total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7,  # as released
-                                   foreach=True)  # all parameters in a few calls
-    if checkpoint is None:
-        state = start_run(cfg, folder, images)
-        model.initialize(data.batch(0))
-    else:
-        state = restore(checkpoint, model, optimizer)
-    costs = parallel(cfg, model)  # model.terms, for training
-    falls_after = start_of_cooldown(cfg, state, total)
-
-    rows = []  # the terms of the steps since the last progress line
-    for step in range(state["step"] + 1, total + 1):
-        state["step"] = step
-        seed_noise(cfg.seed, step, rank)
-        x = data.batch(step - 1, rank, world)
-        with autocast(cfg):
-            terms = costs(x)
-        loss = sum(terms.values()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        floor = min(cfg.lr, 1e-4)
-        rate = max(cfg.lr * 0.999999**step, floor)  # as released
-        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
-        optimizer.param_groups[0]["lr"] = rate * cooling
-        optimizer.step()
-        rows.append({name: values.detach().mean() for name, values in terms.items()})
-
-        validating = step % cfg.eval_every == 0 or step == total
-        if validating or step % cfg.log_every == 0:
-            log_training(folder, state, total, rows, data.batch_size, dims)
-            rows = []
-        if validating:
-            validate(cfg, model, images, folder, optimizer, state)
-        # Saved after the validation, to hold its score, and only where all steps so far are logged:
-        # a resumed run starts its next line with no rows.
-        if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
-            save(folder / "last.pt", cfg, model, optimizer, state)
-            state["saved"] = time.perf_counter()
-    save(folder / "last.pt", cfg, model, optimizer, state)
+    top = y[..., ::2, ::2] + y[..., ::2, 1::2]
+    bottom = y[..., 1::2, ::2] + y[..., 1::2, 1::2]
+    return (top + bottom + 2) // 4
 
 
-# Copied from vae.py: start_of_cooldown
-def start_of_cooldown(cfg, state, total):
-    """The step after which the learning rate falls, to zero at the end of `total` steps.
+def grayscale(y):
+    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up; grey y -> itself.
 
-    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
-    already falls towards another last step.
+    (B, 3, H, W) -> (B, 1, H, W).
     """
-    if total < state["step"]:
-        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
-    planned = state.get("total", total)
-    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
-        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
-                        f"its --steps cannot become {total}: take another --name")
-    state["total"] = total
-    return (1 - cfg.cooldown) * total
+    if y.shape[1] == 1:
+        return y
+    return (299 * y[:, :1] + 587 * y[:, 1:2] + 114 * y[:, 2:] + 500) // 1000
 
 
-# Copied from vae.py: validate
-def validate(cfg, model, images, folder, optimizer, state):
-    """The bound on validation images, figures, and best.pt where it is the best so far.
+def shifted(y, dim, offset):
+    """Pixel i is pixel i + offset of y along `dim`; beyond the edge, the edge pixel."""
+    size = y.shape[dim]
+    index = torch.arange(size, device=y.device) + offset
+    return y.index_select(dim, index.clamp(0, size - 1))
 
-    Process 0 does it while the others wait, and the clock of training stands still.
+
+def sketch(y):
+    """Pencil sketch by colour dodge (A.6): grayscale over its own blur, so flat areas turn white.
+
+    dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a
+    Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
+    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another
+    algorithm. Here a and 255 - b are one larger than in the formula, so that black areas, where
+    it has 0 / 0, turn white like all flat ones.
     """
-    began = time.perf_counter()
-    if processes()[0] == 0:
-        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
-        dims = math.prod(images.shape)
-        with inference(cfg, model):
-            terms = mean_terms(model, valid)
-            save_figures(cfg, model, images, folder, "valid", state["step"])
-        log_row(folder, state, "valid", terms, dims)
-        draw_curves(folder, ["bpd"])
-        bpd = bits_per_dim(sum(terms.values()), dims)
-        if bpd < state["best"]:
-            state["best"] = bpd
-            save(folder / "best.pt", cfg, model, optimizer, state)
-    barrier()
-    state["start"] += time.perf_counter() - began
+    a = grayscale(y)
+    b = 255 - a
+    for dim in (2, 3):
+        blurred = 0
+        for i in range(9):
+            blurred = blurred + math.comb(8, i) * shifted(b, dim, i - 4)
+        b = blurred
+    b = (b + 2**15) // 2**16  # the weights of each direction sum to 2⁸
+    return (255 * (a + 1) // (255 - b + 1)).clamp(max=255)
+
+
+def edges(y):
+    """Length of the gradient of the grayscale image, rounded, at most 255 -> (B, 1, H, W).
+
+    The gradient of a is (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}). Its length is the one float here,
+    and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
+    integer below 256² is at least 4e-4 away from m + ½.
+    """
+    a = grayscale(y)
+    across = shifted(a, 3, 1) - shifted(a, 3, -1)
+    down = shifted(a, 2, 1) - shifted(a, 2, -1)
+    length = (across**2 + down**2).float().sqrt()
+    return length.round().int().clamp(max=255)
+
+
+def posterize(y):
+    """The two high bits of each channel: 0, 85, 170 or 255. Shape as before."""
+    return y // 64 * 85
+
+
+# What d leaves of x: the lowest and the highest possible value of each channel of a pixel. All are
+# pixel values, int: y (B, C_y, h, w); `pixels`, those of its block that are known already; x
+# (B, C, h, w), the pixel itself, of which only the channels before are looked at, or None.
+
+def downscale_interval(y, pixels, x):
+    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
+    rest = 4 * y - sum(pixels)  # for this value and those to come
+    most_later = 255 * (3 - len(pixels))
+    low = rest - (2 + most_later)
+    high = rest + 1
+    return low.clamp(min=0), high.clamp(max=255)
+
+
+def grayscale_interval(y, pixels, x):
+    """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
+    weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:x.shape[1]]
+    known = (weights * x).cumsum(1) - weights * x  # what the channels before add to the sum
+    later = 1000 - weights.cumsum(0)  # the weights of the channels after
+    low = -((known + 255 * later + 500 - 1000 * y) // weights)  # rounded up
+    high = (1000 * y + 499 - known) // weights
+    return low.clamp(min=0), high.clamp(max=255)
+
+
+def posterize_interval(y, pixels, x):
+    """The 64 values with the same two high bits."""
+    low = y // 64 * 64  # d has 85 times as many, of the same high bits
+    return low, low + 63
+
+
+# --transform: d, the most --levels that make sense, and, if y is a coarse x, what d leaves of x.
+TRANSFORMS = {
+    "downscale": (downscale, math.inf, downscale_interval),
+    "sketch": (sketch, 1, None),
+    "grayscale": (grayscale, 1, grayscale_interval),
+    "edges": (edges, 1, None),
+    "posterize": (posterize, 1, posterize_interval),
+}
+
+
+# The factors that are conditioned on y.
+
+class ConditionalPrior(nn.Module):
+    """p(z_k | y_k, z_{k-1}), a Gaussian over (16, 8, 8).
+
+    y_k is (B, channels, size, size), z_{k-1} (B, 16, 8, 8).
+    """
+
+    def __init__(self, channels, size, y_width, latent_width):
+        super().__init__()
+        c = LATENT[0]
+        encoder = Encoder(channels, size, *y_width, c_out=c, sd=1.0)
+        self.from_y = nn.Sequential(encoder, nn.ELU())  # an ELU after y's branch alone, as released
+        self.from_z = dense_blocks(c, *latent_width, c)
+        self.joint = dense_blocks(2 * c, *latent_width, 2 * c, sd=0.1)
+
+    def forward(self, y, z):
+        return self.given(self.from_y(y), z)
+
+    def given(self, h, z):
+        """The same from h = from_y(y_k), which `log_weights` computes once for all samples."""
+        return gaussian(self.joint(torch.cat([h, self.from_z(z)], 1)))
+
+
+class ConditionalDecoder(nn.Module):
+    """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
+
+    `z_features` is the number of channels that z becomes at full size. `interval` is that of
+    TRANSFORMS with --exact, else None: it restricts every value to what y_k leaves possible.
+    NOTE(paper): for a `coarse` y_k, which is a simpler y_{k+1}, the mixture is one of
+    y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
+    copy its input. The number of parameters is the same.
+    """
+
+    def __init__(self, channels, size, c_out, coarse, interval, z_width, z_features, joint_width):
+        super().__init__()
+        self.size = size
+        self.c_out = c_out
+        self.coarse = coarse
+        self.interval = interval
+        self.from_z = Decoder(size, *z_width, z_features, sd=1.0)
+        self.joint = dense_blocks(z_features + channels, *joint_width, dmol_channels(c_out), sd=0.1)
+
+    def forward(self, y, z):
+        enlarged_y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
+        params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
+        shift = enlarged_y if self.coarse else None
+        interval = None
+        if self.interval is not None:
+            interval = partial(self.interval, to_uint8(y).int(), [])
+        return Dmol(params, self.c_out, shift, interval)
+
+
+# With --exact, where y_k has half the side: the pixels of 2x2 blocks in turn.
+
+class InTurnDecoder(nn.Module):
+    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8).
+
+    All its networks compute at the side of y_k.
+    NOTE(paper): there the pixels are independent given y_k and z_k, and most images that are drawn
+    have a d other than y_k. So the bound pays for y_k, and in y_{k+1} for the same once more.
+    """
+
+    def __init__(self, channels, side, interval, z_width, z_features, turn_width):
+        super().__init__()
+        self.interval = interval
+        self.from_z = Decoder(side, *z_width, z_features, sd=1.0)
+        self.turns = nn.ModuleList()
+        for before in range(3):
+            c_in = z_features + (5 + before) * channels  # y, four slopes, the errors before
+            self.turns.append(dense_blocks(c_in, *turn_width, dmol_channels(channels), sd=0.1))
+
+    def forward(self, y, z):
+        return InTurn(y, self.from_z(z), self.turns, self.interval)
+
+
+class InTurn:
+    """A distribution over the images x with d(x) = y.
+
+    The four pixels of a 2x2 block are drawn one after the other, each for all blocks at once:
+    p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three are Dmols, restricted to what y
+    and the pixels before leave possible. After downscaling that leaves the fourth at most four
+    values, which are equally probable.
+    """
+
+    def __init__(self, y, features, turns, interval):
+        self.y = y  # (B, C, h, w)
+        self.y_values = to_uint8(y).int()
+        self.features = features  # of z, (B, z_features, h, w)
+        self.turns = turns  # the networks
+        self.interval = interval
+        # A guess of x: y enlarged, then moved by a constant in each block, so that its mean is y.
+        guess = F.interpolate(y, scale_factor=2, mode="bilinear")
+        guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
+        self.guess = pixels_of_blocks(guess)
+        # Differences are about a quarter as large as y: times four, all inputs are of one size.
+        self.slopes = [4 * (pixel - y) for pixel in self.guess]
+
+    def given(self, pixels):
+        """p(x_i | y, z, x_1 … x_{i-1}): the factor of the pixel that comes after i - 1 `pixels`.
+
+        They are (B, C, h, w) each.
+        """
+        to_come = 4 - len(pixels)
+        before = [to_uint8(pixel).int() for pixel in pixels]
+        interval = partial(self.interval, self.y_values, before)
+        if to_come == 1:
+            return Uniform(*interval(None))
+        errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
+        # What the pixels before lack of the block's sum is divided among those to come.
+        shift = self.guess[len(pixels)] - sum(errors) / to_come
+        errors = [4 * error for error in errors]
+        inputs = torch.cat([self.features, self.y, *self.slopes, *errors], 1)
+        # In this layout whatever that of the pixels is: it decides how a convolution rounds.
+        params = self.turns[len(pixels)](inputs.contiguous(memory_format=torch.channels_last))
+        return Dmol(params, self.y.shape[1], shift, interval)
+
+    def log_prob(self, x):
+        """log p(x) in nats: (B, C, 2h, 2w) -> (B,), -inf where d(x) is not y."""
+        pixels = pixels_of_blocks(x)
+        log_p = 0.0
+        for i in range(4):
+            log_p = log_p + self.given(pixels[:i]).log_prob(pixels[i])
+        return log_p
+
+    def sample(self):
+        """x ~ p(x) -> (B, C, 2h, 2w), on the grid."""
+        pixels = []
+        for _ in range(4):
+            pixels.append(self.given(pixels).sample())
+        return image_of_pixels(pixels)
+
+    @property
+    def mean(self):
+        """Each pixel the mean of its factor given the means before -> (B, C, 2h, 2w).
+
+        Its d is y, too.
+        """
+        pixels = []
+        for _ in range(4):
+            pixels.append(self.given(pixels).mean)
+        return image_of_pixels(pixels)
+
+
+class Uniform:
+    """Independent values, each uniform from `low` to `high`: pixel values, int (B, C, h, w)."""
+
+    def __init__(self, low, high):
+        self.low = low
+        self.high = high
+
+    def log_prob(self, x):
+        """log p(x) in nats, (B,); -inf where a value is not among them."""
+        value = to_uint8(x).int()
+        possible = (self.low <= value) & (value <= self.high)
+        log_p = -torch.log((self.high - self.low + 1).float())
+        return torch.where(possible, log_p, -math.inf).sum((1, 2, 3))
+
+    def sample(self):
+        """x ~ p(x) -> (B, C, h, w), on the grid."""
+        count = self.high - self.low + 1
+        drawn = torch.rand(count.shape, device=count.device) * count
+        return from_uint8(self.low + drawn.int())
+
+    @property
+    def mean(self):
+        """The value in the middle, rounded down, on the grid."""
+        return from_uint8((self.low + self.high) // 2)
+
+
+def pixels_of_blocks(x):
+    """The pixels of all 2x2 blocks, row by row: (B, C, 2h, 2w) -> 4 of (B, C, h, w)."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).unbind(2)
+
+
+def image_of_pixels(pixels):
+    """The inverse: 4 of (B, C, h, w) -> (B, C, 2h, 2w)."""
+    return F.pixel_shuffle(torch.stack(pixels, 2).flatten(1, 2), 2)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+# Changed from vae.py: every factor has its own
+# (growth, layers) of the dense blocks of each factor. p_z: those of from_y, then those of from_z
+# and joint. p_x: those of from_z, how many channels it makes of z, those of joint. turn, ours: with
+# --exact and y of half the side, those of each of the three networks in place of joint.
+WIDTHS = {
+    "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
+    "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
+    "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
+    "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
+                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5)), turn=(48, 4)),
+    # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
+    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
+                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4)), turn=(24, 3)),
+    "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
+                        p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
+    # About as many parameters as "vae-small".
+    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
+                  p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2)), turn=(12, 2)),
+}
+
+
+def widths(cfg, size, y_size):
+    """The row of WIDTHS for x of `size` and y_1 of `y_size` pixels a side."""
+    if cfg.small:
+        return WIDTHS["small" if cfg.levels else "vae-small"]
+    if cfg.levels == 0:
+        return WIDTHS["vae-32" if size <= 32 else "vae-64"]
+    if y_size == size:
+        return WIDTHS["full-size y"]
+    return WIDTHS["released" if cfg.levels == 1 and size <= 32 else "deeper"]
+
+
+def dense_blocks(channels, growth, layers, c_out, sd=1.0):
+    """Three dense blocks, of this growth at any side, then a 1x1 conv.
+
+    (B, channels, H, W) -> (B, c_out, H, W).
+    """
+    parts = []
+    for _ in range(3):
+        block = DenseBlock(channels, growth, layers)
+        parts.append(block)
+        channels = block.channels
+    return nn.Sequential(*parts, conv(channels, c_out, 1, sd=sd))
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -1163,19 +697,6 @@ def evaluate(cfg, model, images, folder, state):
         if model.K and cfg.transform == "downscale":
             results["bicubic_psnr"] = bicubic_psnr(model, iw_test)
     write_results(folder, results, table)
-
-
-# Copied from vae.py: fid
-def fid(cfg, model, images):
-    """FID of --fid samples against train and test, and Inception Score.
-
-    {} if Inception's weights cannot be had.
-    """
-    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
-    if inception is None:
-        return {}
-    references = reference_statistics(inception, images, cfg.device)
-    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
 
 
 def rates(cfg, model, batches, dims):
@@ -1347,6 +868,412 @@ def save_latent_space(cfg, model, images, folder, step):
                f"{title}, temperature {cfg.temperature:g}", rows, keep_columns=True)
 
 
+# ---- Copied from the other scripts ---------------------------------------------------------------
+# What follows is not new here: networks and blocks, p(u), where u is written z, training.
+
+# Copied from vae.py: LATENT
+LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+
+
+# Copied from vae.py: halvings
+def halvings(size):
+    """How often `size` halves on the way down to 8; UserError if it is not 8 · 2ⁿ."""
+    n = int(math.log2(size / 8)) if size >= 8 else 0
+    if size != 8 * 2**n:
+        raise UserError(f"images of side {size} do not halve down to 8: take 8, 16, 32, 64, 128 …")
+    return n
+
+
+# Copied from vae.py: Encoder
+class Encoder(nn.Sequential):
+    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
+
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    0.1, q(z|x) starts near N(0, 1).
+    """
+
+    def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
+        parts = []
+        for halvings_left in range(halvings(size), -1, -1):
+            block = DenseBlock(channels, max(1, growth >> halvings_left), layers)
+            parts.append(block)
+            channels = block.channels
+            if halvings_left:
+                parts += [conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True)]
+                channels *= 2
+        super().__init__(*parts, conv(channels, c_out, 1, sd=sd))
+
+
+# Copied from vae.py: Decoder
+class Decoder(nn.Sequential):
+    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
+
+    (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
+    """
+
+    def __init__(self, size, growth, layers, c_out, sd):
+        parts = []
+        channels = LATENT[0]
+        for doublings_done in range(halvings(size) or 1):  # at size 8: one block, nothing doubled
+            block = DenseBlock(channels, max(1, growth >> doublings_done), layers)
+            parts.append(block)
+            channels = block.channels
+            if size > 8:
+                parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
+                channels //= 2
+        super().__init__(*parts, conv(channels, c_out, sd=sd))
+
+
+# Copied from vae.py: gaussian
+def gaussian(params):
+    """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
+
+    The first 16 channels are μ, the others log σ², which is clamped to [-7, 7] as released.
+    """
+    mean, log_var = params.float().chunk(2, 1)
+    sd = torch.exp(0.5 * F.hardtanh(log_var, -7, 7))
+    return Independent(Normal(mean, sd), 3)
+
+
+# Copied from vae.py: conv
+def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)).
+
+    It keeps height and width or divides them by `stride`. A `transposed` one is 3x3 and doubles
+    them. `sd` is the standard deviation of its output after data_dependent_init.
+    """
+    if transposed:
+        layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
+    else:
+        layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
+    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
+    nn.init.normal_(layer.weight, std=0.05)
+    layer.initial_sd = sd
+    # One g for each output channel: dimension 1 of a transposed weight.
+    return weight_norm(layer, dim=1 if transposed else 0)
+
+
+# Copied from vae.py: data_dependent_init
+@torch.no_grad()
+def data_dependent_init(model, forward):
+    """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
+
+    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
+    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
+    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
+    """
+    def normalise(layer, inputs, output):
+        if output.shape[2:] == (1, 1):
+            return output
+        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
+        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
+        ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
+        g = layer.parametrizations.weight.original0
+        g.mul_(ratio.view_as(g))
+        layer.bias.sub_(mean).mul_(ratio)
+        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "initial_sd")]
+    hooks = [layer.register_forward_hook(normalise) for layer in layers]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+
+# Copied from vae.py: ChannelAttention
+class ChannelAttention(nn.Module):
+    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
+
+    (B, C, H, W) -> same.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(1, channels // 8)  # as released
+        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True),
+                                  conv(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, h):
+        return h * self.gate(h.mean((2, 3), keepdim=True))
+
+
+# Copied from vae.py: DenseBlock
+class DenseBlock(nn.Module):
+    """Dense layers (Huang et al. 2016), each of which appends `growth` channels to its input.
+
+    A layer is a 1x1 conv to 4·growth channels and a 3x3 conv. Channel attention ends the block.
+    (B, C, H, W) -> (B, C + layers·growth, H, W).
+    """
+
+    def __init__(self, channels, growth, layers):
+        super().__init__()
+        # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
+        # released code neither has: after each layer one ELU is applied to all channels so far, to
+        # early ones again and again. The parameters are the same, the memory traffic is half.
+        # ELU can work in place, since its gradient can be computed from its output.
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
+                                             conv(4 * growth, growth), nn.ELU(inplace=True)))
+            channels += growth
+        self.attention = ChannelAttention(channels)
+        self.channels = channels  # of the output
+
+    def forward(self, h):
+        for layer in self.layers:
+            new = layer(h)
+            h = h.to(new.dtype)  # cat with the fp32 input would make all later features fp32
+            h = torch.cat([h, new], 1)
+        return self.attention(h)
+
+
+# Copied from vae.py: NormalPrior
+class NormalPrior(nn.Module):
+    """p(z) = N(0, 1)."""
+
+    def log_prob(self, z):
+        return Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
+
+    def from_noise(self, v):
+        return v
+
+
+# Copied from vae.py: RealNVPPrior
+class RealNVPPrior(nn.Module):
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+
+    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
+    half of it, (32, 4, 4).
+    """
+
+    def __init__(self, growth, layers):
+        super().__init__()
+
+        def make_net(channels, side):  # the same at every side
+            block = DenseBlock(channels, growth, layers)
+            return nn.Sequential(block, conv(block.channels, 2 * channels, sd=0.0))  # s = t = 0
+
+        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, make_net=make_net)
+
+    def log_prob(self, z):
+        v, log_det = self.flow(z)
+        log_p_v = Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3))
+        return log_p_v + log_det
+
+    def from_noise(self, v):
+        return self.flow.inverse(v)
+
+
+# Copied from realnvp.py: Coupling
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
+
+    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
+    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
+    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    """
+
+    def __init__(self, mask, channels, net):
+        super().__init__()
+        self.net = net  # C channels -> 2C
+        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask.float(), persistent=False)
+
+    def s_t(self, z):
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
+
+    def forward(self, z):
+        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
+        s, t = self.s_t(z)
+        return z * torch.exp(s) + t, s.sum((1, 2, 3))
+
+    def inverse(self, z_next):
+        """z' -> z (B, C, H, W)."""
+        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        return (z_next - t) * torch.exp(-s)
+
+
+# Copied from realnvp.py: Couplings
+class Couplings(nn.ModuleList):
+    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
+
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
+    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
+    coupling.
+    """
+
+    def __init__(self, mask, count, channels, side, make_net):
+        super().__init__()
+        for i in range(count):
+            net = make_net(channels, side)
+            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
+
+    def forward(self, z):
+        log_det = 0.0
+        for coupling in self:
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return z, log_det
+
+    def inverse(self, z):
+        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
+        for coupling in reversed(self):
+            z = coupling.inverse(z)
+        return z
+
+
+# Copied from realnvp.py: Flow
+class Flow(nn.Module):
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
+
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
+    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
+    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
+    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
+    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    """
+
+    def __init__(self, channels, side, scales, make_net):
+        super().__init__()
+        row = torch.arange(side).view(-1, 1)
+        column = torch.arange(side)
+        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
+        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
+        self.rest = None
+        if scales == 1:
+            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
+        else:
+            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
+            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
+            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
+
+    def forward(self, z):
+        z, log_det = self.fine(z)
+        if self.rest is None:
+            return z, log_det
+        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
+        rest, done = z.chunk(2, 1)
+        rest, log_det_rest = self.rest(rest)
+        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
+        return v, log_det + log_det_squeezed + log_det_rest
+
+    def inverse(self, v):
+        if self.rest is None:
+            return self.fine.inverse(v)
+        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
+        return self.fine.inverse(F.pixel_shuffle(z, 2))
+
+
+# Copied from vae.py: train
+def train(cfg, model, images, folder, checkpoint):
+    """Minimise -ELBO in nats per image, averaged over the batch.
+
+    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    """
+    rank, world = processes()
+    data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
+                   augment=images.augment, parts=world)
+    dims = math.prod(images.shape)
+    total = cfg.steps or cfg.epochs * data.per_epoch
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7,  # as released
+                                   foreach=True)  # all parameters in a few calls
+    if checkpoint is None:
+        state = start_run(cfg, folder, images)
+        model.initialize(data.batch(0))
+    else:
+        state = restore(checkpoint, model, optimizer)
+    costs = parallel(cfg, model)  # model.terms, for training
+    falls_after = start_of_cooldown(cfg, state, total)
+
+    rows = []  # the terms of the steps since the last progress line
+    for step in range(state["step"] + 1, total + 1):
+        state["step"] = step
+        seed_noise(cfg.seed, step, rank)
+        x = data.batch(step - 1, rank, world)
+        with autocast(cfg):
+            terms = costs(x)
+        loss = sum(terms.values()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        floor = min(cfg.lr, 1e-4)
+        rate = max(cfg.lr * 0.999999**step, floor)  # as released
+        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
+        optimizer.param_groups[0]["lr"] = rate * cooling
+        optimizer.step()
+        rows.append({name: values.detach().mean() for name, values in terms.items()})
+
+        validating = step % cfg.eval_every == 0 or step == total
+        if validating or step % cfg.log_every == 0:
+            log_training(folder, state, total, rows, data.batch_size, dims)
+            rows = []
+        if validating:
+            validate(cfg, model, images, folder, optimizer, state)
+        # Saved after the validation, to hold its score, and only where all steps so far are logged:
+        # a resumed run starts its next line with no rows.
+        if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
+            save(folder / "last.pt", cfg, model, optimizer, state)
+            state["saved"] = time.perf_counter()
+    save(folder / "last.pt", cfg, model, optimizer, state)
+
+
+# Copied from vae.py: start_of_cooldown
+def start_of_cooldown(cfg, state, total):
+    """The step after which the learning rate falls, to zero at the end of `total` steps.
+
+    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
+    already falls towards another last step.
+    """
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
+    planned = state.get("total", total)
+    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
+        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
+                        f"its --steps cannot become {total}: take another --name")
+    state["total"] = total
+    return (1 - cfg.cooldown) * total
+
+
+# Copied from vae.py: validate
+def validate(cfg, model, images, folder, optimizer, state):
+    """The bound on validation images, figures, and best.pt where it is the best so far.
+
+    Process 0 does it while the others wait, and the clock of training stands still.
+    """
+    began = time.perf_counter()
+    if processes()[0] == 0:
+        valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
+        dims = math.prod(images.shape)
+        with inference(cfg, model):
+            terms = mean_terms(model, valid)
+            save_figures(cfg, model, images, folder, "valid", state["step"])
+        log_row(folder, state, "valid", terms, dims)
+        draw_curves(folder, ["bpd"])
+        bpd = bits_per_dim(sum(terms.values()), dims)
+        if bpd < state["best"]:
+            state["best"] = bpd
+            save(folder / "best.pt", cfg, model, optimizer, state)
+    barrier()
+    state["start"] += time.perf_counter() - began
+
+
+# Copied from vae.py: fid
+def fid(cfg, model, images):
+    """FID of --fid samples against train and test, and Inception Score.
+
+    {} if Inception's weights cannot be had.
+    """
+    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
+    if inception is None:
+        return {}
+    references = reference_statistics(inception, images, cfg.device)
+    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
+
+
 # Copied from vae.py: figure_name
 def figure_name(cfg, split, step):
     """The file name of a figure, with --mean and --temperature where they changed it."""
@@ -1356,6 +1283,79 @@ def figure_name(cfg, split, step):
     if cfg.temperature != 1:
         name += f"-temperature{cfg.temperature:g}"
     return name
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+# Copied from vae.py: flag
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# Changed from vae.py: --transform and --levels; no mixture prior
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's; where it is silent, the released code's."""
+
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
+                        "lsun, or a folder")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
+    transform: str = flag("downscale", "d, which makes y", fixed=True, choices=(
+        "downscale", "sketch", "grayscale", "edges", "posterize"))
+    levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
+                       fixed=True, low=0)
+    prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
+    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives no probability to a y_{k+1} whose d is "
+                       "not y_k", fixed=True)
+    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
+    epochs: int = flag(2000, "passes over the training images")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(32, "images a step, all processes together", fixed=True)
+    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
+                     fixed=True, low=0)
+    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
+                           fixed=True, low=0, high=1)
+    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(1.0, "figures: scale of the priors' noise", low=0)
+    mean: bool = flag(False, "figures: show the mean of p(y|·) and p(x|·), not a sample")
+    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
+
+    def __post_init__(self):
+        if self.eval_images is None and self.small:
+            self.eval_images = 500
+        if self.iw_images is None and self.small:
+            self.iw_images = 200
+        if self.iw_samples is None:
+            self.iw_samples = 64 if self.small else 512
+
+    @property
+    def variant(self):
+        """The part of the run folder's name that tells of the model."""
+        exact = "-exact" if self.exact else ""
+        small = "-small" if self.small else ""
+        return f"{self.transform}{self.levels}-{self.prior}{exact}{small}"
+
+    def check(self):
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.size is not None:
+            halvings(self.size)
 
 
 # --- same in every script -------------------------------------------------------------------------

@@ -50,394 +50,7 @@ from common import (
     seed_noise, to_json, write_results)
 
 
-# ---- Config --------------------------------------------------------------------------------------
-
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
-    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass
-class Config:
-    """The flags. Defaults are the paper's; where it is silent, the released code's."""
-
-    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
-                        "lsun, or a folder")
-    data_dir: str = flag("data", "where datasets are kept")
-    out_dir: str = flag("runs", "where runs are kept")
-    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
-    prior: str = flag("realnvp", "p(z), section A.2", fixed=True,
-                      choices=("normal", "mog", "realnvp"))
-    mog_components: int = flag(10, "of --prior mog (Table 2's parameter count implies 1000)",
-                               fixed=True)
-    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
-    epochs: int = flag(2000, "passes over the training images")
-    steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(32, "images a step, all processes together", fixed=True)
-    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
-                     fixed=True, low=0)
-    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
-                           fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
-                      "Ampere on and CPUs with AVX512-BF16, else fp32",
-                      choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
-    log_every: int = flag(50, "steps between progress lines")
-    eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
-    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
-    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
-    temperature: float = flag(1.0, "figures: scale of the prior's noise", low=0)
-    mean: bool = flag(False, "figures: show the mean of p(x|z), not a sample")
-    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
-
-    def __post_init__(self):
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
-        if self.iw_images is None and self.small:
-            self.iw_images = 200
-        if self.iw_samples is None:
-            self.iw_samples = 64 if self.small else 512
-
-    @property
-    def variant(self):
-        """The part of the run folder's name that tells of the model."""
-        small = "-small" if self.small else ""
-        return f"{self.prior}{small}"
-
-    def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
-        if self.size is not None:
-            halvings(self.size)
-
-
-# ---- Building blocks (A.3): weight norm, dense blocks, channel attention -------------------------
-
-def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
-    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)).
-
-    It keeps height and width or divides them by `stride`. A `transposed` one is 3x3 and doubles
-    them. `sd` is the standard deviation of its output after data_dependent_init.
-    """
-    if transposed:
-        layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
-    else:
-        layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
-    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
-    nn.init.normal_(layer.weight, std=0.05)
-    layer.initial_sd = sd
-    # One g for each output channel: dimension 1 of a transposed weight.
-    return weight_norm(layer, dim=1 if transposed else 0)
-
-
-@torch.no_grad()
-def data_dependent_init(model, forward):
-    """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
-
-    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
-    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
-    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
-    """
-    def normalise(layer, inputs, output):
-        if output.shape[2:] == (1, 1):
-            return output
-        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
-        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
-        ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
-        g = layer.parametrizations.weight.original0
-        g.mul_(ratio.view_as(g))
-        layer.bias.sub_(mean).mul_(ratio)
-        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
-
-    layers = [layer for layer in model.modules() if hasattr(layer, "initial_sd")]
-    hooks = [layer.register_forward_hook(normalise) for layer in layers]
-    forward()
-    for hook in hooks:
-        hook.remove()
-
-
-class ChannelAttention(nn.Module):
-    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
-
-    (B, C, H, W) -> same.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        hidden = max(1, channels // 8)  # as released
-        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True),
-                                  conv(hidden, channels, 1), nn.Sigmoid())
-
-    def forward(self, h):
-        return h * self.gate(h.mean((2, 3), keepdim=True))
-
-
-class DenseBlock(nn.Module):
-    """Dense layers (Huang et al. 2016), each of which appends `growth` channels to its input.
-
-    A layer is a 1x1 conv to 4·growth channels and a 3x3 conv. Channel attention ends the block.
-    (B, C, H, W) -> (B, C + layers·growth, H, W).
-    """
-
-    def __init__(self, channels, growth, layers):
-        super().__init__()
-        # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
-        # released code neither has: after each layer one ELU is applied to all channels so far, to
-        # early ones again and again. The parameters are the same, the memory traffic is half.
-        # ELU can work in place, since its gradient can be computed from its output.
-        self.layers = nn.ModuleList()
-        for _ in range(layers):
-            self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
-                                             conv(4 * growth, growth), nn.ELU(inplace=True)))
-            channels += growth
-        self.attention = ChannelAttention(channels)
-        self.channels = channels  # of the output
-
-    def forward(self, h):
-        for layer in self.layers:
-            new = layer(h)
-            h = h.to(new.dtype)  # cat with the fp32 input would make all later features fp32
-            h = torch.cat([h, new], 1)
-        return self.attention(h)
-
-
-# ---- Networks: `growth` is that of the block at 8x8, and halves as the side doubles --------------
-
-LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
-
-
-def halvings(size):
-    """How often `size` halves on the way down to 8; UserError if it is not 8 · 2ⁿ."""
-    n = int(math.log2(size / 8)) if size >= 8 else 0
-    if size != 8 * 2**n:
-        raise UserError(f"images of side {size} do not halve down to 8: take 8, 16, 32, 64, 128 …")
-    return n
-
-
-class Encoder(nn.Sequential):
-    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
-
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
-    0.1, q(z|x) starts near N(0, 1).
-    """
-
-    def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
-        parts = []
-        for halvings_left in range(halvings(size), -1, -1):
-            block = DenseBlock(channels, max(1, growth >> halvings_left), layers)
-            parts.append(block)
-            channels = block.channels
-            if halvings_left:
-                parts += [conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True)]
-                channels *= 2
-        super().__init__(*parts, conv(channels, c_out, 1, sd=sd))
-
-
-class Decoder(nn.Sequential):
-    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
-
-    (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
-    """
-
-    def __init__(self, size, growth, layers, c_out, sd):
-        parts = []
-        channels = LATENT[0]
-        for doublings_done in range(halvings(size) or 1):  # at size 8: one block, nothing doubled
-            block = DenseBlock(channels, max(1, growth >> doublings_done), layers)
-            parts.append(block)
-            channels = block.channels
-            if size > 8:
-                parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
-                channels //= 2
-        super().__init__(*parts, conv(channels, c_out, sd=sd))
-
-
-def gaussian(params):
-    """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
-
-    The first 16 channels are μ, the others log σ², which is clamped to [-7, 7] as released.
-    """
-    mean, log_var = params.float().chunk(2, 1)
-    sd = torch.exp(0.5 * F.hardtanh(log_var, -7, 7))
-    return Independent(Normal(mean, sd), 3)
-
-
-# ---- Priors: log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z) ----------------
-
-class NormalPrior(nn.Module):
-    """p(z) = N(0, 1)."""
-
-    def log_prob(self, z):
-        return Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
-
-    def from_noise(self, v):
-        return v
-
-
-class MoGPrior(nn.Module):
-    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components."""
-
-    def __init__(self, components):
-        super().__init__()
-        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # random: not all the same
-        self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
-
-    def log_prob(self, z):
-        components = Normal(self.mean, self.log_sd.exp())
-        log_p = components.log_prob(z.unsqueeze(1)).sum((2, 3, 4))  # (B, M)
-        return log_mean_exp(log_p, dim=1)
-
-    def from_noise(self, v):
-        """z = μ_m + σ_m·v; the component m is random too and does not follow from v."""
-        m = torch.randint(len(self.mean), (len(v),), device=v.device)
-        return self.mean[m] + self.log_sd[m].exp() * v
-
-
-# Copied from realnvp.py: Coupling
-class Coupling(nn.Module):
-    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
-
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
-    """
-
-    def __init__(self, mask, channels, net):
-        super().__init__()
-        self.net = net  # C channels -> 2C
-        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
-        self.register_buffer("mask", mask.float(), persistent=False)
-
-    def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
-        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
-        moves = 1 - self.mask
-        return self.s_limit * torch.tanh(s) * moves, t * moves
-
-    def forward(self, z):
-        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
-        s, t = self.s_t(z)
-        return z * torch.exp(s) + t, s.sum((1, 2, 3))
-
-    def inverse(self, z_next):
-        """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
-        return (z_next - t) * torch.exp(-s)
-
-
-# Copied from realnvp.py: Couplings
-class Couplings(nn.ModuleList):
-    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
-
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
-    """
-
-    def __init__(self, mask, count, channels, side, make_net):
-        super().__init__()
-        for i in range(count):
-            net = make_net(channels, side)
-            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
-
-    def forward(self, z):
-        log_det = 0.0
-        for coupling in self:
-            z, log_det_i = coupling(z)
-            log_det = log_det + log_det_i
-        return z, log_det
-
-    def inverse(self, z):
-        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
-        for coupling in reversed(self):
-            z = coupling.inverse(z)
-        return z
-
-
-# Copied from realnvp.py: Flow
-class Flow(nn.Module):
-    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
-
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
-    """
-
-    def __init__(self, channels, side, scales, make_net):
-        super().__init__()
-        row = torch.arange(side).view(-1, 1)
-        column = torch.arange(side)
-        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
-        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
-        self.rest = None
-        if scales == 1:
-            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
-        else:
-            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
-            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
-            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
-
-    def forward(self, z):
-        z, log_det = self.fine(z)
-        if self.rest is None:
-            return z, log_det
-        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
-        rest, done = z.chunk(2, 1)
-        rest, log_det_rest = self.rest(rest)
-        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
-        return v, log_det + log_det_squeezed + log_det_rest
-
-    def inverse(self, v):
-        if self.rest is None:
-            return self.fine.inverse(v)
-        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
-        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
-        return self.fine.inverse(F.pixel_shuffle(z, 2))
-
-
-class RealNVPPrior(nn.Module):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
-
-    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
-    half of it, (32, 4, 4).
-    """
-
-    def __init__(self, growth, layers):
-        super().__init__()
-
-        def make_net(channels, side):  # the same at every side
-            block = DenseBlock(channels, growth, layers)
-            return nn.Sequential(block, conv(block.channels, 2 * channels, sd=0.0))  # s = t = 0
-
-        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, make_net=make_net)
-
-    def log_prob(self, z):
-        v, log_det = self.flow(z)
-        log_p_v = Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3))
-        return log_p_v + log_det
-
-    def from_noise(self, v):
-        return self.flow.inverse(v)
-
-
 # ---- The model -----------------------------------------------------------------------------------
-
-WIDTHS = {  # (growth, layers) of the dense blocks
-    "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: released widths
-    # Larger images: ours. With the flow 34 M parameters at 64x64; the paper has 32 to 42 M.
-    "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),
-    "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(16, 2)),
-}
-
 
 class VAE(nn.Module):
     """The factors q(z|x), p(z), p(x|z) for images of shape (C, H, W), H = W = 8 · 2ⁿ."""
@@ -531,6 +144,225 @@ class VAE(nn.Module):
         """x ~ p(x|z) or its mean: z (B, 16, 8, 8) -> (B, C, H, W)."""
         p_x = Dmol(self.p_x(z), self.channels)
         return p_x.mean if mean else p_x.sample()
+
+
+# ---- Special to this model -----------------------------------------------------------------------
+# Its priors: log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z).
+
+class NormalPrior(nn.Module):
+    """p(z) = N(0, 1)."""
+
+    def log_prob(self, z):
+        return Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
+
+    def from_noise(self, v):
+        return v
+
+
+class MoGPrior(nn.Module):
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components."""
+
+    def __init__(self, components):
+        super().__init__()
+        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # random: not all the same
+        self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
+
+    def log_prob(self, z):
+        components = Normal(self.mean, self.log_sd.exp())
+        log_p = components.log_prob(z.unsqueeze(1)).sum((2, 3, 4))  # (B, M)
+        return log_mean_exp(log_p, dim=1)
+
+    def from_noise(self, v):
+        """z = μ_m + σ_m·v; the component m is random too and does not follow from v."""
+        m = torch.randint(len(self.mean), (len(v),), device=v.device)
+        return self.mean[m] + self.log_sd[m].exp() * v
+
+
+class RealNVPPrior(nn.Module):
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+
+    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
+    half of it, (32, 4, 4).
+    """
+
+    def __init__(self, growth, layers):
+        super().__init__()
+
+        def make_net(channels, side):  # the same at every side
+            block = DenseBlock(channels, growth, layers)
+            return nn.Sequential(block, conv(block.channels, 2 * channels, sd=0.0))  # s = t = 0
+
+        self.flow = Flow(channels=LATENT[0], side=LATENT[1], scales=2, make_net=make_net)
+
+    def log_prob(self, z):
+        v, log_det = self.flow(z)
+        log_p_v = Normal(0.0, 1.0).log_prob(v).sum((1, 2, 3))
+        return log_p_v + log_det
+
+    def from_noise(self, v):
+        return self.flow.inverse(v)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+# `growth` is that of the dense block at 8x8, and halves as the side doubles.
+
+WIDTHS = {  # (growth, layers) of the dense blocks
+    "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: released widths
+    # Larger images: ours. With the flow 34 M parameters at 64x64; the paper has 32 to 42 M.
+    "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),
+    "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(16, 2)),
+}
+
+
+LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+
+
+def halvings(size):
+    """How often `size` halves on the way down to 8; UserError if it is not 8 · 2ⁿ."""
+    n = int(math.log2(size / 8)) if size >= 8 else 0
+    if size != 8 * 2**n:
+        raise UserError(f"images of side {size} do not halve down to 8: take 8, 16, 32, 64, 128 …")
+    return n
+
+
+class Encoder(nn.Sequential):
+    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
+
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    0.1, q(z|x) starts near N(0, 1).
+    """
+
+    def __init__(self, channels, size, growth, layers, c_out=2 * LATENT[0], sd=0.1):
+        parts = []
+        for halvings_left in range(halvings(size), -1, -1):
+            block = DenseBlock(channels, max(1, growth >> halvings_left), layers)
+            parts.append(block)
+            channels = block.channels
+            if halvings_left:
+                parts += [conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True)]
+                channels *= 2
+        super().__init__(*parts, conv(channels, c_out, 1, sd=sd))
+
+
+class Decoder(nn.Sequential):
+    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
+
+    (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
+    """
+
+    def __init__(self, size, growth, layers, c_out, sd):
+        parts = []
+        channels = LATENT[0]
+        for doublings_done in range(halvings(size) or 1):  # at size 8: one block, nothing doubled
+            block = DenseBlock(channels, max(1, growth >> doublings_done), layers)
+            parts.append(block)
+            channels = block.channels
+            if size > 8:
+                parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
+                channels //= 2
+        super().__init__(*parts, conv(channels, c_out, sd=sd))
+
+
+def gaussian(params):
+    """Network output (B, 32, 8, 8) -> N(μ, σ²) over (16, 8, 8), whose log_prob is (B,), nats.
+
+    The first 16 channels are μ, the others log σ², which is clamped to [-7, 7] as released.
+    """
+    mean, log_var = params.float().chunk(2, 1)
+    sd = torch.exp(0.5 * F.hardtanh(log_var, -7, 7))
+    return Independent(Normal(mean, sd), 3)
+
+
+# ---- Building blocks -----------------------------------------------------------------------------
+# Weight norm, dense blocks, channel attention (A.3).
+
+def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
+    """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)).
+
+    It keeps height and width or divides them by `stride`. A `transposed` one is 3x3 and doubles
+    them. `sd` is the standard deviation of its output after data_dependent_init.
+    """
+    if transposed:
+        layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
+    else:
+        layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
+    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
+    nn.init.normal_(layer.weight, std=0.05)
+    layer.initial_sd = sd
+    # One g for each output channel: dimension 1 of a transposed weight.
+    return weight_norm(layer, dim=1 if transposed else 0)
+
+
+@torch.no_grad()
+def data_dependent_init(model, forward):
+    """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
+
+    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
+    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
+    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
+    """
+    def normalise(layer, inputs, output):
+        if output.shape[2:] == (1, 1):
+            return output
+        sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
+        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
+        ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
+        g = layer.parametrizations.weight.original0
+        g.mul_(ratio.view_as(g))
+        layer.bias.sub_(mean).mul_(ratio)
+        return (output - mean.view(1, -1, 1, 1)) * ratio.view(1, -1, 1, 1)
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "initial_sd")]
+    hooks = [layer.register_forward_hook(normalise) for layer in layers]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+
+class ChannelAttention(nn.Module):
+    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
+
+    (B, C, H, W) -> same.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(1, channels // 8)  # as released
+        self.gate = nn.Sequential(conv(channels, hidden, 1), nn.ELU(inplace=True),
+                                  conv(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, h):
+        return h * self.gate(h.mean((2, 3), keepdim=True))
+
+
+class DenseBlock(nn.Module):
+    """Dense layers (Huang et al. 2016), each of which appends `growth` channels to its input.
+
+    A layer is a 1x1 conv to 4·growth channels and a 3x3 conv. Channel attention ends the block.
+    (B, C, H, W) -> (B, C + layers·growth, H, W).
+    """
+
+    def __init__(self, channels, growth, layers):
+        super().__init__()
+        # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
+        # released code neither has: after each layer one ELU is applied to all channels so far, to
+        # early ones again and again. The parameters are the same, the memory traffic is half.
+        # ELU can work in place, since its gradient can be computed from its output.
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
+                                             conv(4 * growth, growth), nn.ELU(inplace=True)))
+            channels += growth
+        self.attention = ChannelAttention(channels)
+        self.channels = channels  # of the output
+
+    def forward(self, h):
+        for layer in self.layers:
+            new = layer(h)
+            h = h.to(new.dtype)  # cat with the fp32 input would make all later features fp32
+            h = torch.cat([h, new], 1)
+        return self.attention(h)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -691,6 +523,180 @@ def figure_name(cfg, split, step):
     if cfg.temperature != 1:
         name += f"-temperature{cfg.temperature:g}"
     return name
+
+
+# ---- Copied from the other scripts ---------------------------------------------------------------
+# The flow of the RealNVP prior.
+
+# Copied from realnvp.py: Coupling
+class Coupling(nn.Module):
+    """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
+
+    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
+    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
+    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    """
+
+    def __init__(self, mask, channels, net):
+        super().__init__()
+        self.net = net  # C channels -> 2C
+        self.s_limit = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("mask", mask.float(), persistent=False)
+
+    def s_t(self, z):
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
+        moves = 1 - self.mask
+        return self.s_limit * torch.tanh(s) * moves, t * moves
+
+    def forward(self, z):
+        """z -> z', same shape, and log |det ∂z'/∂z| (B,)."""
+        s, t = self.s_t(z)
+        return z * torch.exp(s) + t, s.sum((1, 2, 3))
+
+    def inverse(self, z_next):
+        """z' -> z (B, C, H, W)."""
+        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        return (z_next - t) * torch.exp(-s)
+
+
+# Copied from realnvp.py: Couplings
+class Couplings(nn.ModuleList):
+    """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
+
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
+    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
+    coupling.
+    """
+
+    def __init__(self, mask, count, channels, side, make_net):
+        super().__init__()
+        for i in range(count):
+            net = make_net(channels, side)
+            self.append(Coupling((mask + i) % 2, channels, net))  # odd i: mask inverted
+
+    def forward(self, z):
+        log_det = 0.0
+        for coupling in self:
+            z, log_det_i = coupling(z)
+            log_det = log_det + log_det_i
+        return z, log_det
+
+    def inverse(self, z):
+        """z' -> z, as (f_b ∘ f_a)⁻¹ = f_a⁻¹ ∘ f_b⁻¹ (their Eq. (12))."""
+        for coupling in reversed(self):
+            z = coupling.inverse(z)
+        return z
+
+
+# Copied from realnvp.py: Flow
+class Flow(nn.Module):
+    """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
+
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
+    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
+    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
+    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
+    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    """
+
+    def __init__(self, channels, side, scales, make_net):
+        super().__init__()
+        row = torch.arange(side).view(-1, 1)
+        column = torch.arange(side)
+        checkerboard = (row + column) % 2  # (side, side): 1 where the sum is odd (their Figure 3)
+        first_half = (torch.arange(4 * channels) < 2 * channels).view(-1, 1, 1)  # (4C, 1, 1)
+        self.rest = None
+        if scales == 1:
+            self.fine = Couplings(checkerboard, 4, channels, side, make_net)
+        else:
+            self.fine = Couplings(checkerboard, 3, channels, side, make_net)
+            self.squeezed = Couplings(first_half, 3, 4 * channels, side // 2, make_net)
+            self.rest = Flow(2 * channels, side // 2, scales - 1, make_net)
+
+    def forward(self, z):
+        z, log_det = self.fine(z)
+        if self.rest is None:
+            return z, log_det
+        z, log_det_squeezed = self.squeezed(F.pixel_unshuffle(z, 2))
+        rest, done = z.chunk(2, 1)
+        rest, log_det_rest = self.rest(rest)
+        v = F.pixel_shuffle(torch.cat([rest, done], 1), 2)
+        return v, log_det + log_det_squeezed + log_det_rest
+
+    def inverse(self, v):
+        if self.rest is None:
+            return self.fine.inverse(v)
+        rest, done = F.pixel_unshuffle(v, 2).chunk(2, 1)
+        z = self.squeezed.inverse(torch.cat([self.rest.inverse(rest), done], 1))
+        return self.fine.inverse(F.pixel_shuffle(z, 2))
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Config:
+    """The flags. Defaults are the paper's; where it is silent, the released code's."""
+
+    dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
+                        "lsun, or a folder")
+    data_dir: str = flag("data", "where datasets are kept")
+    out_dir: str = flag("runs", "where runs are kept")
+    name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
+    size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
+    prior: str = flag("realnvp", "p(z), section A.2", fixed=True,
+                      choices=("normal", "mog", "realnvp"))
+    mog_components: int = flag(10, "of --prior mog (Table 2's parameter count implies 1000)",
+                               fixed=True)
+    small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
+    epochs: int = flag(2000, "passes over the training images")
+    steps: int = flag(None, "training steps (overrides --epochs)")
+    batch_size: int = flag(32, "images a step, all processes together", fixed=True)
+    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
+                     fixed=True, low=0)
+    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
+                           fixed=True, low=0, high=1)
+    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
+    resume: bool = flag(False, "go on with the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    log_every: int = flag(50, "steps between progress lines")
+    eval_every: int = flag(1000, "steps between validations, with figures")
+    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
+    iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
+    temperature: float = flag(1.0, "figures: scale of the prior's noise", low=0)
+    mean: bool = flag(False, "figures: show the mean of p(x|z), not a sample")
+    fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
+
+    def __post_init__(self):
+        if self.eval_images is None and self.small:
+            self.eval_images = 500
+        if self.iw_images is None and self.small:
+            self.iw_images = 200
+        if self.iw_samples is None:
+            self.iw_samples = 64 if self.small else 512
+
+    @property
+    def variant(self):
+        """The part of the run folder's name that tells of the model."""
+        small = "-small" if self.small else ""
+        return f"{self.prior}{small}"
+
+    def check(self):
+        """Raise UserError for flags of which no model can be made, before anything is written."""
+        if self.size is not None:
+            halvings(self.size)
 
 
 # --- same in every script -------------------------------------------------------------------------
