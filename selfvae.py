@@ -87,13 +87,12 @@ class SelfVAE(nn.Module):
                             "least: take fewer")
 
         width = widths(cfg, size, size_1)
-        self.q_u = Encoder(channels_1, size_1, *width["q_u"])  # Eq. (3.2g)
+        self.q_u = GaussianEncoder(channels_1, size_1, *width["q_u"])  # Eq. (3.2g)
         if cfg.prior == "realnvp":
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        self.channels_1 = channels_1
-        self.p_y = Decoder(size_1, *width["p_y"], dmol_channels(channels_1), sd=0.1)  # Eq. (3.2c)
+        self.p_y = MixtureDecoder(channels_1, size_1, *width["p_y"])  # Eq. (3.2c)
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
@@ -102,7 +101,7 @@ class SelfVAE(nn.Module):
         for k in range(1, self.K + 1):
             C, side, _ = self.shapes[k]
             C_next, side_next, _ = self.shapes[k + 1]
-            self.q_z.append(Encoder(C_next, side_next, *width["q_z"]))  # Eq. (3.2h)
+            self.q_z.append(GaussianEncoder(C_next, side_next, *width["q_z"]))  # Eq. (3.2h)
             self.p_z.append(ConditionalPrior(C, side, *width["p_z"]))  # Eq. (3.2d)
             z_width, z_features, joint_width = width["p_x"]
             if cfg.exact and side_next == 2 * side:
@@ -141,14 +140,13 @@ class SelfVAE(nn.Module):
         KL_z of Eq. (2).
         """
         y = self.representations(x)
-        q_u = gaussian(self.q_u(y[1]))
+        q_u = self.q_u(y[1])
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
-        p_y = Dmol(self.p_y(u), self.channels_1)
-        terms["re_y_1"] = -p_y.log_prob(y[1])
+        terms["re_y_1"] = -self.p_y(u).log_prob(y[1])
         z = u  # z_0
         for k in range(1, self.K + 1):
-            q_z = gaussian(self.q_z[k - 1](y[k + 1]))
+            q_z = self.q_z[k - 1](y[k + 1])
             p_z = self.p_z[k - 1](y[k], z)
             z = q_z.rsample()
             terms[f"kl_z_{k}"] = kl_divergence(q_z, p_z)
@@ -174,16 +172,16 @@ class SelfVAE(nn.Module):
         the y_k are encoded once.
         """
         y = self.representations(x)
-        q_u = gaussian(self.q_u(y[1]))
+        q_u = self.q_u(y[1])
         q_z = {}
         from_y = {}
         for k in range(1, self.K + 1):
-            q_z[k] = gaussian(self.q_z[k - 1](y[k + 1]))
+            q_z[k] = self.q_z[k - 1](y[k + 1])
             from_y[k] = self.p_z[k - 1].from_y(y[k])
         log_w = []
         for _ in range(samples):
             u = q_u.sample()
-            log_p = self.p_u.log_prob(u) + Dmol(self.p_y(u), self.channels_1).log_prob(y[1])
+            log_p = self.p_u.log_prob(u) + self.p_y(u).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
             for k in range(1, self.K + 1):
@@ -209,7 +207,7 @@ class SelfVAE(nn.Module):
         else:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
             u = self.p_u.from_noise(temperature * v)
-        p_y = Dmol(self.p_y(u), self.channels_1)
+        p_y = self.p_y(u)
         if "y_1" in known:
             y = known["y_1"]
         else:
@@ -255,7 +253,7 @@ class SelfVAE(nn.Module):
                 known[f"y_{k}"] = y[k]
             latent = self.latents[k - 1]  # z_{k-1}, the one that is inferred from y_k
             if has_y or latent in sent:
-                factors[latent] = gaussian(encoders[k - 1](y[k]))
+                factors[latent] = encoders[k - 1](y[k])
                 known[latent] = factors[latent].sample()
         return known, factors
 
@@ -299,8 +297,8 @@ class SelfVAE(nn.Module):
         the mean of p(z_k|·). With `mean` all y_k and x are means too, so that only u differs along
         a line. Two (B, C, H, W) -> (B, count, C, H, W), Figures 10 B, 13 (i).
         """
-        start = gaussian(self.q_u(self.representations(x1)[1])).mean
-        end = gaussian(self.q_u(self.representations(x2)[1])).mean
+        start = self.q_u(self.representations(x1)[1]).mean
+        end = self.q_u(self.representations(x2)[1]).mean
         if base:
             start, _ = self.p_u.flow(start)
             end, _ = self.p_u.flow(end)
@@ -922,6 +920,27 @@ class Decoder(nn.Sequential):
                 parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*parts, conv(channels, c_out, sd=sd))
+
+
+# Copied from vae.py: GaussianEncoder
+class GaussianEncoder(Encoder):
+    """A Gaussian over (16, 8, 8), given images: (B, C, size, size) -> a distribution."""
+
+    def forward(self, x):
+        return gaussian(super().forward(x))
+
+
+# Copied from vae.py: MixtureDecoder
+class MixtureDecoder(Decoder):
+    """A Dmol over images of `channels` channels, given a latent: (B, 16, 8, 8) -> a distribution.
+    """
+
+    def __init__(self, channels, size, growth, layers):
+        super().__init__(size, growth, layers, dmol_channels(channels), sd=0.1)
+        self.channels = channels
+
+    def forward(self, z):
+        return Dmol(super().forward(z), self.channels)
 
 
 # Copied from vae.py: gaussian

@@ -62,15 +62,14 @@ class VAE(nn.Module):
             width = WIDTHS["small"]
         else:
             width = WIDTHS["32" if size <= 32 else "64"]
-        self.q_z = Encoder(channels, size, *width["q_z"])
+        self.q_z = GaussianEncoder(channels, size, *width["q_z"])
         if cfg.prior == "normal":
             self.p_z = NormalPrior()
         elif cfg.prior == "mog":
             self.p_z = MoGPrior(cfg.mog_components)
         else:
             self.p_z = RealNVPPrior(*width["flow"])
-        self.channels = channels
-        self.p_x = Decoder(size, *width["p_x"], dmol_channels(channels), sd=0.1)
+        self.p_x = MixtureDecoder(channels, size, *width["p_x"])
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -86,10 +85,9 @@ class VAE(nn.Module):
         Both are costs, as in Table 2. kl_z is sampled under every prior, so that the three can be
         compared: only the normal one has a closed form. For one image it may be negative.
         """
-        q_z = gaussian(self.q_z(x))
+        q_z = self.q_z(x)
         z = q_z.rsample()
-        p_x = Dmol(self.p_x(z), self.channels)
-        return {"re_x": -p_x.log_prob(x), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
+        return {"re_x": -self.p_x(z).log_prob(x), "kl_z": q_z.log_prob(z) - self.p_z.log_prob(z)}
 
     forward = terms  # what torch.compile and DistributedDataParallel call
 
@@ -106,11 +104,11 @@ class VAE(nn.Module):
 
         The weights of Burda et al. 2015, Eq. (8). x (B, C, H, W) is encoded once.
         """
-        q_z = gaussian(self.q_z(x))
+        q_z = self.q_z(x)
         log_w = []
         for _ in range(samples):
             z = q_z.sample()
-            log_p = Dmol(self.p_x(z), self.channels).log_prob(x) + self.p_z.log_prob(z)
+            log_p = self.p_x(z).log_prob(x) + self.p_z.log_prob(z)
             log_w.append(log_p - q_z.log_prob(z))
         return torch.stack(log_w)
 
@@ -126,7 +124,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x, mean=False):
         """Eq. (3.3b): z ~ q(z|x), x̂ ~ p(x|z) or its mean: (B, C, H, W) -> same."""
-        return self.decode(gaussian(self.q_z(x)).sample(), mean)
+        return self.decode(self.q_z(x).sample(), mean)
 
     @torch.no_grad()
     def interpolate(self, x1, x2, count=10, mean=False):
@@ -134,15 +132,15 @@ class VAE(nn.Module):
 
         Two (B, C, H, W) -> (B, count, C, H, W).
         """
-        z1 = gaussian(self.q_z(x1)).mean
-        z2 = gaussian(self.q_z(x2)).mean
+        z1 = self.q_z(x1).mean
+        z2 = self.q_z(x2).mean
         shares = [i / max(1, count - 1) for i in range(count)]  # of the way from x1 to x2
         z = torch.stack([torch.lerp(z1, z2, share) for share in shares], 1)
         return self.decode(z.flatten(0, 1), mean).unflatten(0, (-1, count))
 
     def decode(self, z, mean=False):
         """x ~ p(x|z) or its mean: z (B, 16, 8, 8) -> (B, C, H, W)."""
-        p_x = Dmol(self.p_x(z), self.channels)
+        p_x = self.p_x(z)
         return p_x.mean if mean else p_x.sample()
 
 
@@ -261,6 +259,25 @@ class Decoder(nn.Sequential):
                 parts += [conv(channels, channels // 2, transposed=True), nn.ELU(inplace=True)]
                 channels //= 2
         super().__init__(*parts, conv(channels, c_out, sd=sd))
+
+
+class GaussianEncoder(Encoder):
+    """A Gaussian over (16, 8, 8), given images: (B, C, size, size) -> a distribution."""
+
+    def forward(self, x):
+        return gaussian(super().forward(x))
+
+
+class MixtureDecoder(Decoder):
+    """A Dmol over images of `channels` channels, given a latent: (B, 16, 8, 8) -> a distribution.
+    """
+
+    def __init__(self, channels, size, growth, layers):
+        super().__init__(size, growth, layers, dmol_channels(channels), sd=0.1)
+        self.channels = channels
+
+    def forward(self, z):
+        return Dmol(super().forward(z), self.channels)
 
 
 def gaussian(params):

@@ -34,7 +34,7 @@ from common import (  # noqa: E402 (needs the path)
     Batches, Dmol, UserError, bits_per_dim, from_uint8, importance_weighted, load_images,
     mean_terms, to_uint8)
 from selfvae import image_of_pixels, pixels_of_blocks  # noqa: E402
-from vae import LATENT, VAE, MoGPrior, gaussian  # noqa: E402
+from vae import LATENT, VAE, MoGPrior  # noqa: E402
 
 SLOT_BITS = 20  # 2^20 slots are shared out among the symbols
 LANES = 64  # coders side by side
@@ -283,8 +283,8 @@ class Codec:
         mean square of Σ_j r_j (∂u_j/∂v_i) / σ_j. The estimate scatters by 15 %.
         """
         if k:
-            return moments(gaussian(self.model.q_z[k - 1](y_next)))
-        mean, sd = moments(gaussian(self.q_u(y_next)))
+            return moments(self.model.q_z[k - 1](y_next))
+        mean, sd = moments(self.q_u(y_next))
         if not hasattr(self.prior, "flow"):
             return mean, sd
         v, _ = self.prior.flow(mean)
@@ -311,8 +311,8 @@ class Codec:
         if k:
             return self.model.p_x[k - 1](y_k, z)
         if self.is_vae:
-            return Dmol(self.model.p_x(z), self.model.channels)
-        return Dmol(self.model.p_y(z), self.model.channels_1)
+            return self.model.p_x(z)
+        return self.model.p_y(z)
 
     def push(self, stack, x):
         """Push an image (1, C, H, W)."""

@@ -385,7 +385,7 @@ def model_of_sums(exact):
         return params
 
     def p_y(u):
-        return params_of(0.2 * u[:, :1], -1.0)
+        return Dmol(params_of(0.2 * u[:, :1], -1.0), 1)
 
     def turn(h):
         return params_of(torch.zeros_like(h[:, :1]), -2.0)
@@ -399,20 +399,20 @@ def model_of_sums(exact):
         return p
 
     def standard(*inputs):
-        return torch.zeros(len(inputs[0]), 32, 8, 8)
+        return selfvae.gaussian(torch.zeros(len(inputs[0]), 32, 8, 8))
 
     model.q_u = Stub(standard)
     model.p_y = Stub(p_y)
     model.q_z[0] = Stub(standard)
-    model.p_z[0] = Stub(lambda y, z: selfvae.gaussian(standard(y)))
-    model.p_z[0].from_y = Stub(standard)
-    model.p_z[0].given = Stub(lambda h, z: selfvae.gaussian(standard(z)))
+    model.p_z[0] = Stub(standard)
+    model.p_z[0].from_y = Stub(lambda y: y)
+    model.p_z[0].given = Stub(standard)
     model.p_x[0] = Stub(p_x)
 
     def log_p_y(y):
         u = torch.linspace(-6, 6, 121).view(-1, 1, 1, 1).expand(-1, 16, 8, 8)
         weights = (-u[:, 0]**2 / 2).log_softmax(0)
-        p = Dmol(p_y(u), 1)
+        p = p_y(u)
         sums = []
         for y_i in y.split(1):
             log_p = p.logits.log_softmax(1) + p.log_values(y_i.expand(121, -1, -1, -1))[:, 0]

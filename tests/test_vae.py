@@ -82,9 +82,11 @@ def test_shapes(size, channels):
     """z is (16, 8, 8) whatever the image; a grey pixel has 10·3 parameters, a colour one 10·10."""
     model = make(channels=channels, size=size, initialize=False)
     x = noise_images(2, channels, size)
-    assert model.q_z(x).shape == (2, 32, 8, 8)
-    P = 30 if channels == 1 else 100
-    assert model.p_x(torch.randn(2, 16, 8, 8)).shape == (2, P, size, size)
+    assert model.q_z(x).mean.shape == (2, 16, 8, 8)
+    params = inputs_of(model.p_x[-1])
+    p_x = model.p_x(torch.randn(2, 16, 8, 8))
+    assert p_x.logits.shape == (2, 10, size, size) and len(p_x.means) == channels
+    assert model.p_x[-1](params[0]).shape[1] == (30 if channels == 1 else 100)
     terms = model.terms(x)
     assert terms.keys() == {"re_x", "kl_z"}
     assert terms["re_x"].shape == terms["kl_z"].shape == (2,)
@@ -304,28 +306,22 @@ class ExactPosterior(torch.nn.Module):
     def forward(self, x):
         zeros = torch.zeros(len(x), 15, 8, 8)
         log_var = torch.zeros_like(x) + math.log(TAU**2 / (A**2 + TAU**2)) + self.wrong
-        return torch.cat([x * A / (A**2 + TAU**2), zeros, log_var, zeros], 1)
+        return gaussian(torch.cat([x * A / (A**2 + TAU**2), zeros, log_var, zeros], 1))
 
 
 class Linear(torch.nn.Module):
-    """p(x|z)'s mean: 1.5 z's first channel."""
+    """p(x|z) = N(1.5 z's first channel, TAU²), in place of a mixture."""
 
     def forward(self, z):
-        return A * z[:, :1]
+        return Independent(Normal(A * z[:, :1], TAU), 3)
 
 
-def around(mean, block):
-    """In place of Dmol: p(x|z) = N(mean, TAU²)."""
-    return Independent(Normal(mean, TAU), 3)
-
-
-def linear_gaussian(monkeypatch, wrong):
+def linear_gaussian(wrong):
     """A VAE whose log p(x) is known -> model, x, log p(x).
 
     It has 64 pixels, each of them the linear-Gaussian model above.
     """
     sd = math.sqrt(A**2 + TAU**2)
-    monkeypatch.setattr(vae, "Dmol", around)
     model = make("normal", channels=1, initialize=False)
     model.q_z = ExactPosterior(wrong)
     model.p_x = Linear()
@@ -333,19 +329,19 @@ def linear_gaussian(monkeypatch, wrong):
     return model, x, Normal(0.0, sd).log_prob(x).sum((1, 2, 3))
 
 
-def test_with_the_exact_posterior_the_elbo_is_log_p(monkeypatch):
+def test_with_the_exact_posterior_the_elbo_is_log_p():
     """q(z|x) = p(z|x): the bound is tight, and has no noise."""
-    model, x, log_p = linear_gaussian(monkeypatch, wrong=0.0)
+    model, x, log_p = linear_gaussian(wrong=0.0)
     torch.testing.assert_close(model.elbo(x), log_p, atol=2e-3, rtol=0)
 
 
-def test_elbo_loses_the_kl_to_the_posterior(monkeypatch):
+def test_elbo_loses_the_kl_to_the_posterior():
     """E[elbo] = log p(x) - KL(q‖p(z|x)), and that KL is 64·(e^0.3 - 1.3)/2 = 1.6 nats here.
 
     The gradient, through both terms and the draw of z, is that of -KL, -64·(e^0.3 - 1)/2.
     """
-    model, x, log_p = linear_gaussian(monkeypatch, wrong=0.3)
-    kl = kl_divergence(gaussian(model.q_z(x)), gaussian(ExactPosterior()(x)))
+    model, x, log_p = linear_gaussian(wrong=0.3)
+    kl = kl_divergence(model.q_z(x), ExactPosterior()(x))
     torch.testing.assert_close(kl, torch.full((3,), 64 * (math.exp(0.3) - 1.3) / 2))
     model.q_z.wrong = torch.tensor(0.3, requires_grad=True)
     elbo = model.elbo(x.repeat(500, 1, 1, 1)).view(500, 3)
@@ -356,17 +352,17 @@ def test_elbo_loses_the_kl_to_the_posterior(monkeypatch):
     assert gradient.item() == pytest.approx(-32 * (math.exp(0.3) - 1), abs=1)
 
 
-def test_with_the_exact_posterior_every_weight_is_p_of_x(monkeypatch):
+def test_with_the_exact_posterior_every_weight_is_p_of_x():
     """q(z|x) = p(z|x): log w = log p(x) whatever z is drawn."""
-    model, x, log_p = linear_gaussian(monkeypatch, wrong=0.0)
+    model, x, log_p = linear_gaussian(wrong=0.0)
     torch.testing.assert_close(model.log_weights(x, 5), log_p.expand(5, 3), atol=2e-3, rtol=0)
 
 
-def test_bounds_order_and_tighten(monkeypatch):
+def test_bounds_order_and_tighten():
     """Bounds of 1, 8 and 64 samples rise from log p(x) - KL(q‖p(z|x)), the ELBO, towards log p(x).
     """
-    model, x, log_p = linear_gaussian(monkeypatch, wrong=0.3)
-    kl = kl_divergence(gaussian(model.q_z(x)), gaussian(ExactPosterior()(x)))
+    model, x, log_p = linear_gaussian(wrong=0.3)
+    kl = kl_divergence(model.q_z(x), ExactPosterior()(x))
     log_w = model.log_weights(x, 64 * 100)
     bound = {}
     for S in (1, 8, 64):
@@ -403,9 +399,9 @@ def test_log_weights_are_those_of_the_formula(prior):
     log_w = seeded(model.log_weights, x, 3)
     torch.manual_seed(1)
     for s in range(3):
-        q = gaussian(model.q_z(x))
+        q = model.q_z(x)
         z = q.rsample()
-        expected = Dmol(model.p_x(z), 3).log_prob(x) + model.p_z.log_prob(z) - q.log_prob(z)
+        expected = model.p_x(z).log_prob(x) + model.p_z.log_prob(z) - q.log_prob(z)
         torch.testing.assert_close(log_w[s], expected, rtol=1e-5, atol=1e-2)
     assert log_w.shape == (3, 2) and log_w.std(0).min() > 1e-2
 
@@ -437,8 +433,9 @@ def test_bf16_networks_give_fp32_terms():
     x = noise_images(2, size=16)
     fp32 = seeded(model.terms, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.q_z(x).dtype == torch.bfloat16
+        features = inputs_of(model.q_z[-1])
         bf16 = seeded(model.terms, x)
+    assert features[0].dtype == torch.bfloat16
     assert all(values.dtype == torch.float32 for values in bf16.values())
     torch.testing.assert_close(sum(bf16.values()), sum(fp32.values()), rtol=0.02, atol=0)
 
@@ -514,11 +511,11 @@ def test_interpolation_is_the_straight_line():
     x2 = noise_images(2)
     seen = inputs_of(model.p_x)
     line = model.interpolate(x1, x2, count=3, mean=True)
-    z1 = model.q_z(x1)[:, :16]
-    z2 = model.q_z(x2)[:, :16]
+    z1 = model.q_z(x1).mean
+    z2 = model.q_z(x2).mean
     for i, z in enumerate((z1, (z1 + z2) / 2, z2)):
         torch.testing.assert_close(seen[0].unflatten(0, (2, 3))[:, i], z)
-        assert (line[:, i] - Dmol(model.p_x(z), 3).mean).abs().max() < LEVEL
+        assert (line[:, i] - model.p_x(z).mean).abs().max() < LEVEL
 
 
 def test_interpolation_of_one_image_is_its_start():
@@ -526,7 +523,7 @@ def test_interpolation_of_one_image_is_its_start():
     model = make("normal")
     x = noise_images(2)
     line = model.interpolate(x[:1], x[1:], count=1, mean=True)
-    start = Dmol(model.p_x(model.q_z(x[:1])[:, :16]), 3).mean
+    start = model.p_x(model.q_z(x[:1]).mean).mean
     assert line.shape == (1, 1, 3, 8, 8) and (line[:, 0] - start).abs().max() < LEVEL
 
 

@@ -29,7 +29,7 @@ from torch.distributions import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import Batches, Dmol, bits_per_dim, load_images  # noqa: E402 (needs the path above)
+from common import Batches, bits_per_dim, load_images  # noqa: E402 (needs the path above)
 
 COLUMNS = {"bits/value": (12, 3), "bpd of x": (10, 3), "kl": (8, 3), "in use": (8, 2),
            "error": (8, 1), "spread": (8, 1), "linear": (8, 3), "miss": (8, 1)}  # width, digits
@@ -97,7 +97,6 @@ def print_row(name, target, p_x, draw, kl, below, dims, in_use=math.nan, miss=ma
 @torch.no_grad()
 def main(folder, data_dir="data"):
     script, model, x = load_run(folder, data_dir)
-    gaussian = importlib.import_module(script).gaussian
     dims = x[0].numel()
     header = f"{'decodes':8}{'size':>6}"
     for column, (width, _) in COLUMNS.items():
@@ -109,22 +108,20 @@ def main(folder, data_dir="data"):
         K = 0
         y = {1: x}
         encoder, prior, decoder = model.q_z, model.p_z, model.p_x
-        channels = model.channels
     else:
         K = model.K
         y = model.representations(x)
         encoder, prior, decoder = model.q_u, model.p_u, model.p_y
-        channels = model.channels_1
     names = {k: f"y_{k}" for k in y}
     names[K + 1] = "x"
-    q = gaussian(encoder(y[1]))
+    q = encoder(y[1])
     z = q.rsample()
     kl = (q.log_prob(z) - prior.log_prob(z)).mean().item()
-    p_x = Dmol(decoder(z), channels)
+    p_x = decoder(z)
     print_row(names[1], y[1], p_x, p_x.sample(), kl, torch.zeros_like(y[1]), dims)
     for k in range(1, K + 1):
         target = y[k + 1]
-        q = gaussian(model.q_z[k - 1](target))
+        q = model.q_z[k - 1](target)
         p_z = model.p_z[k - 1](y[k], z)
         z = q.rsample()
         p_x = model.p_x[k - 1](y[k], z)
