@@ -791,7 +791,7 @@ ABBREVIATIONS = {"conditional_reconstruct": "CR", "conditional_generate": "CG",
 
 # Changed from vae.py: the representations and the operations
 def save_figures(cfg, model, images, folder, split, step):
-    """Sheets, by folder; every y is shown at the size of x, the split's first images.
+    """Sheets of draws and of the split's first images; every y is shown at the size of x.
 
         samples/            rows y_1, …, y_K, x
         reconstructions/    rows x, y_K, then x̂ by the operations of ABBREVIATIONS; K = 0: x, x̂
@@ -801,13 +801,13 @@ def save_figures(cfg, model, images, folder, split, step):
     count = 32 if images.size < 32 else 8  # as many as fit
     x = next(iter(Batches(getattr(images, split), count, cfg.device, count=count)))
     title = f"{sheet_title(cfg, images, split, step)}\n{how_drawn(cfg, model)}"
-    warmth = f", temperature {cfg.temperature:g}"
+    temperature = f", temperature {cfg.temperature:g}"
     name = f"{figure_name(cfg, split, step)}.png"
 
     values, _ = model.decode({}, 32, cfg.temperature, cfg.mean)
     samples = {f"y_{k}": enlarged(values[f"y_{k}"], x) for k in range(1, K + 1)}
     samples["x"] = values[f"y_{K + 1}"]
-    save_sheet(folder / "samples" / name, title + warmth, samples)
+    save_sheet(folder / "samples" / name, title + temperature, samples)
     if K == 0:
         save_sheet(folder / "reconstructions" / name, title,
                    {"x": x, "x̂": model.reconstruct(x, cfg.mean)})
@@ -820,9 +820,9 @@ def save_figures(cfg, model, images, folder, split, step):
         rows[f"{abbreviation}: x̂ from {', '.join(model.operations[operation])}"] = x_hat
         if operation == "conditional_generate":
             from_y = x_hat
-    save_sheet(folder / "reconstructions" / name, title + warmth, rows)
+    save_sheet(folder / "reconstructions" / name, title + temperature, rows)
     if cfg.transform == "downscale":
-        save_sheet(folder / "superresolution" / name, title + warmth, {
+        save_sheet(folder / "superresolution" / name, title + temperature, {
             f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x), f"CG: x̂ from y_{K}": from_y,
             "x": x})
 

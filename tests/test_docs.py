@@ -508,6 +508,18 @@ def test_figures_of_x_given_y(name, other, rows, tmp_path, monkeypatch, tiny_dat
         assert np.array_equal(from_pixels(draws), y) and not pictures[3].any()
 
 
+def test_a_row_of_a_sheet(tmp_path):
+    """What docs/lab takes from a run's sheets is the pictures that were put there."""
+    figures = importlib.import_module("figures")
+    images = common.quantize(2 * torch.rand(16, 3, 16, 16) - 1)
+    common.save_sheet(tmp_path / "sheet.png", "t", {"x": images})
+    for i in (0, 1):
+        row = figures.row_of_sheet(tmp_path / "sheet.png", 16, i)
+        assert torch.allclose(row, images[8 * i:8 * i + 8])
+    with pytest.raises(SystemExit, match="no sheet"):
+        figures.row_of_sheet(tmp_path / "sheet.png", 24)
+
+
 def from_pixels(x):
     """d of downscaling: uint8 (N, 2h, 2w, C) -> (N, h, w, C)."""
     blocks = x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).astype(int)
