@@ -1830,7 +1830,7 @@ class Slow:
 
 def test_long_evaluations_tell_of_their_progress(monkeypatch, capsys):
     """Images done, time spent < time left, after two seconds and then every ten, not at the end."""
-    times = iter(range(0, 10_000, 6))
+    times = iter([0, 6, 12, 18, 24, 30, 60])
     monkeypatch.setattr(common.time, "perf_counter", lambda: next(times))
     batches = common.Batches(np.zeros((11, 2, 2, 1), np.uint8), 2, "cpu")
     common.importance_weighted(Slow(), batches, 4, 12)

@@ -1174,6 +1174,10 @@ def test_figures_of_small_sets_and_odd_labels(tmp_path, number, labels, edited):
     dcvae.save_editing(cfg, model, images, tmp_path, 1)
     for name in ("interpolations", "mixing"):
         assert pictures_on(tmp_path / name / "test.png", 16).shape[:2] == (8, 8)
+    mixing = pictures_on(tmp_path / "mixing" / "test.png", 16)
+    if number == 16:  # else images come again
+        assert np.array_equal(mixing[1:, 0], pixels[:7])
+        assert np.array_equal(mixing[0, 1:], pixels[7:14])
     assert (tmp_path / "editing").exists() == edited
 
 
