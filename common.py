@@ -112,6 +112,11 @@ class Images:
         height, width, channels = self.test.shape[1:]
         return (channels, height, width)
 
+    @property
+    def identity(self):
+        n_train = len(self.train) + len(self.valid)
+        return f"{n_train} for training, {len(self.test)} for the test ({self.key})"
+
 
 def load_images(name, data_dir, size=None):
     """The dataset `name`, one of DATASETS, of POINTS or the path of a folder of images -> Images.
@@ -1081,6 +1086,19 @@ def seconds_to_sample(model, n, runs=10, limit=1):
     return (time.perf_counter() - start) / done
 
 
+def cost_of(cfg, model, state):
+    """Parameters, seconds to sample and to train, and on what: the last lines of results.json."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds_1": seconds_to_sample(model, 1),
+        "seconds_100": seconds_to_sample(model, 100),
+        "step": state["step"],
+        "train_seconds": state["seconds"],
+        "device": cfg.device,
+        "dtype": cfg.dtype,
+    }
+
+
 def linear_probe(train, train_labels, test, test_labels, epochs=20):
     """Errors of a linear classifier of features (N, d) with labels int64 (N,), in percent.
 
@@ -1426,6 +1444,18 @@ def inception_metrics(inception, batches, references):
     return results
 
 
+def fid_of_samples(cfg, model, images):
+    """FID of --fid samples against train and test, and Inception Score.
+
+    {} if Inception's weights cannot be had.
+    """
+    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
+    if inception is None:
+        return {}
+    references = reference_statistics(inception, images, cfg.device)
+    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
+
+
 # ---- Sheets: pictures that say what they are -----------------------------------------------------
 
 PICTURE_SIDE = 64  # pixels; smaller pictures are enlarged
@@ -1525,16 +1555,6 @@ def to_json(values, indent=None):
     return json.dumps(stored, indent=indent, allow_nan=False)
 
 
-def append_line(path, line):
-    """Append a line to a file. A last line that was cut short, say by a full disk, is ended first.
-    """
-    with open(path, "ab+") as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read() not in (b"", b"\n"):
-            file.write(b"\n")
-        file.write(line.encode() + b"\n")
-
-
 def read_log(path):
     """log.jsonl -> its rows, dicts; a line that was cut short is left out."""
     rows = []
@@ -1561,21 +1581,25 @@ def log_row(folder, state, split, values, dims=None, ending=""):
         values = {"bpd": bpd, **values}
     row = {"step": state["step"], "split": split, **values, "seconds": state["seconds"]}
     if processes()[0] == 0:
-        append_line(folder / "log.jsonl", to_json(row))
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(to_json(row) + "\n")
         print(f"step {state['step']}  {split}  {text}{ending}", flush=True)
 
 
 def log_training(folder, state, total, rows, batch_size, dims=None):
     """`log_row` of the means of the last steps' `rows`, with images/s, time spent < time left.
 
-    It waits for the device. state["seconds"] is the time in training, without evaluation.
+    It waits for the device. The time since state["clock"] is added to state["seconds"], the time in
+    training, which is without that of evaluation.
     """
     values = mean_over_steps(rows, state["step"])
-    seconds = time.perf_counter() - state["start"]
-    rate = len(rows) * batch_size / (seconds - state["seconds"])
-    left = seconds * (total - state["step"]) / state["step"]
-    state["seconds"] = seconds
-    ending = f"  {rate:.0f} img/s  {clock(seconds)} < {clock(left)}"
+    now = time.perf_counter()
+    spent = now - state["clock"]
+    state["clock"] = now
+    state["seconds"] += spent
+    left = state["seconds"] * (total - state["step"]) / state["step"]
+    ending = (f"  {len(rows) * batch_size / spent:.0f} img/s  "
+              f"{clock(state['seconds'])} < {clock(left)}")
     log_row(folder, state, "train", values, dims, ending)
 
 

@@ -49,11 +49,11 @@ from torch.nn.utils.parametrize import cached
 
 from common import (
     DATASETS, INCEPTION_URL, VGG_URL, Batches, InceptionFeatures, UserError, VGGFeatures, barrier,
-    choose_device, draw_curves, evaluation_batches, feature_statistics, gather_batch,
+    choose_device, cost_of, draw_curves, evaluation_batches, feature_statistics, gather_batch,
     inception_metrics, linear_probe, load_images, load_network, log_row, log_training,
     path_length_metrics, perceptual_distance, pixel_distance, processes, progress, quantize,
-    reference_statistics, require_finite, sample_batches, save_sheet, seconds_to_sample,
-    seed_noise, to_json, to_uint8, write_results)
+    reference_statistics, require_finite, sample_batches, save_sheet, seed_noise, to_json, to_uint8,
+    write_results)
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -795,7 +795,8 @@ def train(cfg, model, images, folder, checkpoint):
     if checkpoint is None:
         state = start_run(cfg, folder, images)
     else:
-        state = restore(checkpoint, model, optimizer)
+        state = checkpoint["state"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     synchronised = world > 1 and torch.device(cfg.device).type == "cuda"
@@ -810,6 +811,8 @@ def train(cfg, model, images, folder, checkpoint):
     player_terms = parallel(cfg, model, find_unused_parameters=unused)
 
     rows = []  # the terms of the steps since the last progress line
+    saved = -math.inf  # when last.pt was
+    state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
         seed_noise(cfg.seed, step, rank)
@@ -825,14 +828,13 @@ def train(cfg, model, images, folder, checkpoint):
         if validating or step % cfg.log_every == 0:
             log_training(folder, state, total, rows, data.batch_size)
             rows = []
-        if validating:
-            validate(cfg, model, images, folder, optimizer, state, reference)
-        # Saved after the validation, to hold its score, and only where all steps so far are logged:
-        # a resumed run starts its next line with no rows.
-        if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
-            save(folder / "last.pt", cfg, model, optimizer, state)
-            state["saved"] = time.perf_counter()
-    save(folder / "last.pt", cfg, model, optimizer, state)
+            if validating:
+                validate(cfg, model, images, folder, optimizer, state, reference)
+            # After the validation, to hold its score, and only where all steps so far are logged: a
+            # resumed run begins its next line with no rows.
+            if step == total or time.perf_counter() > saved + SAVE_SECONDS:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+                saved = time.perf_counter()
 
 
 def train_step(cfg, model, player_terms, optimizer, batches, step):
@@ -925,7 +927,6 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
 
     Process 0 does it while the others wait. This time is not counted as training.
     """
-    began = time.perf_counter()
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         with inference(cfg, model):
@@ -941,7 +942,7 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
             state["best"] = row["fid_valid"]
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["start"] += time.perf_counter() - began
+    state["clock"] = time.perf_counter()  # so that it does not count as training
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -974,11 +975,7 @@ def evaluate(cfg, model, images, folder, state):
                                            cfg.device, cfg.lpips_weights)
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "seconds_1": seconds_to_sample(model, 1),
-            "seconds_100": seconds_to_sample(model, 100),
-            "step": state["step"], "train_seconds": state["seconds"],
-            "device": cfg.device, "dtype": cfg.dtype,
+            **cost_of(cfg, model, state),
         }
         save_figures(cfg, model, images, folder, "test", state["step"])
         save_interpolations(cfg, model, images, folder, state["step"])
@@ -1088,7 +1085,7 @@ def save_figures(cfg, model, images, folder, split, step):
     """Sheets: samples/; reconstructions/ of the split's first images, rows x, x̂."""
     x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
     title = sheet_title(cfg, images, split, step)
-    sampled = reconstructed = step_name(split, step)
+    sampled = reconstructed = "test" if split == "test" else f"{step:06d}"
     prior = "z ~ N(0, 1)"
     code = "z the mean of q(z|x)"
     if cfg.clamp:
@@ -1162,7 +1159,7 @@ def save_editing(cfg, model, images, folder, step):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -1308,111 +1305,67 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` holds the flags of the run that is resumed or evaluated: they are the defaults here, and a
-    `fixed` one cannot be given another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
+    as it was there, and a `fixed` one cannot be typed with another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                           argument_default=argparse.SUPPRESS)  # what is not typed is left out
     fields = dataclasses.fields(Config)
-    # Flags of this call, not of the run. --dtype is the run's: its numbers depend on it.
-    of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
-        default = f.default
-        if run and f.name not in of_this_call:
-            default = run.get(f.name, default)  # a run may be older than the flag
-        if default is None:
-            default = argparse.SUPPRESS  # --help prints no "(default: None)"
-        options = {"default": default, "help": f.metadata["help"]}
+        text = f.metadata["help"]
+        if f.default is not None:
+            text += f" (default: {f.default})"
         if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            kind = {"action": argparse.BooleanOptionalAction}
         else:
-            options |= {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name}", **options)
-    cfg = Config(**vars(parser.parse_args(argv)))
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument(f"--{f.name}", help=text, **kind)
+    values = vars(parser.parse_args(argv))
     for f in fields:
-        value = getattr(cfg, f.name)
-        low, high = f.metadata["range"]
-        if f.type in (int, float) and value is not None:
-            if not low <= value <= high or math.isinf(value):
-                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        # A run that is older than a flag has its default, if it is not one that others decide.
-        kept = run.get(f.name, value if f.default is None else f.default) if run else value
-        if f.metadata["fixed"] and value != kept:
-            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
-    if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:
-        raise UserError("this run's length is set by --steps, which --epochs does not change")
-    return cfg
-
-
-def run_folder(cfg):
-    """Where the run is kept: --name in --out_dir."""
-    dataset = f"{Path(cfg.dataset).name}{cfg.size or ''}"
-    return Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}")
-
-
-def holds_a_run(folder):
-    """The UserError for a new run in the folder of another."""
-    if not any(folder.glob("*.pt")):
-        return UserError(f"{folder} holds a run without a checkpoint: delete it, or take another "
-                         "--name")
-    return UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval evaluates "
-                     "it, --name NAME starts another")
+        if f.name in values and f.type in (int, float):
+            low, high = f.metadata["range"]
+            if not low <= values[f.name] <= high:
+                raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
+        # A run may be older than a flag. Its device and --compile were those of its machine.
+        if run and f.name in run and f.name not in ("device", "compile"):
+            value = values.setdefault(f.name, run[f.name])
+            if f.metadata["fixed"] and value != run[f.name]:
+                raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+    return Config(**values)
 
 
 def start_run(cfg, folder, images):
-    """Make the folder of a new run, with config.json, which no other has -> the run's state.
+    """Make the folder of a new run, with config.json -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. "start" and "saved" are times on the clock: when training began, plus
-    all pauses, and of the last save.
+    which images these are. FileExistsError where another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             encoding="utf-8")  # stdout "" without git
+                             capture_output=True, encoding="utf-8")  # stdout is "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(folder / "config.json", "x", encoding="utf-8") as file:
-                file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
-        except FileExistsError:  # of a run that was started at the same time
-            raise holds_a_run(folder) from None
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": identity_of(images),
-            "start": time.perf_counter(),
-            "saved": -math.inf}  # so last.pt is saved at the first progress line
+        with open(folder / "config.json", "x", encoding="utf-8") as file:
+            file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": images.identity}
 
 
-def identity_of(images):
-    """What a run remembers of its images, to recognise them wherever they are kept: a string."""
-    n_train = len(images.train) + len(images.valid)
-    return f"{n_train} for training, {len(images.test)} for the test ({images.key})"
-
-
-def require_same_images(checkpoint, images):
-    """UserError if these are not the images of the checkpoint's run: another set, another split.
-
-    Of an older run, which did not note its images, the name of the set is compared.
-    """
-    theirs = checkpoint["state"].get("data", checkpoint["config"]["dataset"])
-    ours = identity_of(images)
-    if theirs not in (ours, images.key):
-        raise UserError(f"this run's images were {theirs}; now they are {ours}, and it may have "
-                        "been trained on some of its test images: take another --name")
-
-
-def restore(checkpoint, model, optimizer):
-    """Load a checkpoint -> the run's state, with its clock running again."""
-    load_weights(checkpoint, model)
+def load_checkpoint(folder, best):
+    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    path = folder / "last.pt"
+    if best and (folder / "best.pt").exists():
+        path = folder / "best.pt"
+    if not path.exists():
+        raise UserError(f"there is no {path} to go on from or to evaluate")
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError("the checkpoint is without its optimizer's state, or with another one's: "
-                        "--eval can evaluate it") from None
-    now = time.perf_counter()
-    state = checkpoint["state"]
-    return {**state, "start": now - state["seconds"], "saved": now}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception:  # whatever reading what is broken may raise
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    if script != SCRIPT:
+        raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
 
 
 def load_weights(checkpoint, model):
@@ -1424,27 +1377,6 @@ def load_weights(checkpoint, model):
                         "run's flags: it is of another version, or damaged") from None
 
 
-def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
-    path = folder / "last.pt"
-    if best and (folder / "best.pt").exists():
-        path = folder / "best.pt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        for part in ("config", "state", "model"):
-            dict(checkpoint[part])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path} to go on from or to evaluate") from None
-    except (PermissionError, IsADirectoryError):
-        raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
-    if script != SCRIPT:
-        raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    return checkpoint
-
-
 def save(path, cfg, model, optimizer, state):
     """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
 
@@ -1452,16 +1384,12 @@ def save(path, cfg, model, optimizer, state):
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
-        aside = path.with_suffix(".tmp")
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        try:
-            with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
-                torch.save(checkpoint, file)
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        aside = path.with_suffix(".tmp")
+        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+            torch.save(checkpoint, file)
+        os.replace(aside, path)
 
 
 def autocast(cfg):
@@ -1492,12 +1420,12 @@ def parallel(cfg, model, **options):
 def print_header(cfg, folder, model, images):
     """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {where}; writing to {folder}", flush=True)
+          f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
+          flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
+        seen = cfg.steps * cfg.batch_size
     rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
     days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
@@ -1509,14 +1437,7 @@ def device_and_precision(cfg):
     """-> "cpu, 1 thread, bf16" or the like."""
     if cfg.device != "cpu":
         return f"{cfg.device}, {cfg.dtype}"
-    threads = torch.get_num_threads()
-    unit = "thread" if threads == 1 else "threads"
-    return f"cpu, {threads} {unit}, {cfg.dtype}"
-
-
-def step_name(split, step):
-    """What a figure is called: "test", of a validation its step."""
-    return "test" if split == "test" else f"{step:06d}"
+    return f"cpu, {torch.get_num_threads()} threads, {cfg.dtype}"
 
 
 def sheet_title(cfg, images, split, step):
@@ -1532,26 +1453,34 @@ def main(Model, argv=None):
     """
     try:
         cfg = parse_flags(argv)
-        folder = run_folder(cfg)
+        dataset = f"{Path(cfg.dataset).name}{cfg.size or ''}"
+        name = cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}"
+        folder = Path(cfg.out_dir, name)
         checkpoint = None
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif (folder / "config.json").exists() or any(folder.glob("*.pt")):
-            raise holds_a_run(folder)
+        elif any(folder.glob("*.pt")) or (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
+                            "--name NAME starts another")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
-        if checkpoint:
-            require_same_images(checkpoint, images)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if checkpoint:
+            theirs = checkpoint["state"].get("data", images.identity)
+            if theirs != images.identity:
+                raise UserError(f"this run's images were {theirs}; now they are {images.identity}, "
+                                "and some of its test images may be among those that it trained "
+                                "on: take another --name")
+            load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
             train(cfg, model, images, folder, checkpoint)
             barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
-        load_weights(checkpoint, model)
+            load_weights(checkpoint, model)
         if processes()[0] == 0:
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
@@ -1568,7 +1497,6 @@ def main(Model, argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console's encoding may lack some characters
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a console's encoding may lack some characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(DCVAE))

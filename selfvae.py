@@ -46,70 +46,67 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached
 
 from common import (
-    INCEPTION_URL, Batches, Dmol, InceptionFeatures, UserError, barrier, bits_per_dim,
-    choose_device, dmol_channels, draw_curves, evaluation_batches, from_uint8, importance_weighted,
-    inception_metrics, load_images, load_network, log_row, log_training, mean_terms, processes,
-    progress, psnr, quantize, reference_statistics, require_finite, sample_batches, save_sheet,
-    seconds_to_sample, seed_noise, to_json, to_uint8, write_results)
+    Batches, Dmol, UserError, barrier, bits_per_dim, choose_device, cost_of, dmol_channels,
+    draw_curves, evaluation_batches, fid_of_samples, from_uint8, importance_weighted, load_images,
+    log_row, log_training, mean_terms, processes, progress, psnr, quantize, require_finite,
+    save_sheet, seed_noise, to_json, to_uint8, write_results)
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
 class SelfVAE(nn.Module):
-    """The factors of K = cfg.levels levels: q_u, p_u, p_y, and the lists q_z, p_z, p_x.
+    """The factors of K = cfg.levels levels, images being (C, H, W), H = W = 8 · 2ⁿ.
 
-    Item k - 1 of a list belongs to level k. `image_shape` is (C, H, W), H = W = 8 · 2ⁿ. No y may
-    have fewer than 8 pixels a side (UserError). K = 0 is a VAE: x is y_1, and p_y decodes it.
+    q_u, p_u, p_y are those of u and y_1. The lists q_z, p_z, p_x have one for each level k = 1 … K,
+    which `levels` counts. With K = 0 it is a VAE: x is y_1, and p_y decodes it.
     """
 
     def __init__(self, cfg, image_shape):
         super().__init__()
-        channels, size, _ = image_shape
-        halvings(size)  # UserError for a size that is not 8 · 2ⁿ
         self.K = cfg.levels
-        self.latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]  # z_0 … z_K, as z_0 = u
+        self.latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]  # item k is z_k, as z_0 = u
+        self.y_names = {k: f"y_{k}" for k in range(1, self.K + 1)} | {self.K + 1: "x"}
         self.d, most, interval = TRANSFORMS[cfg.transform]
-        if cfg.exact and self.K == 0:
-            raise UserError("--exact is about x given y, and --levels 0 has no y: take 1 or more")
-        if cfg.exact and interval is None:
-            raise UserError("--exact needs a d that leaves an interval for every value, and "
-                            f"{cfg.transform} does not: take downscale, grayscale or posterize")
-        if self.K and cfg.transform == "grayscale" and channels == 1:
+        halvings(image_shape[1])  # UserError for a size that is not 8 · 2ⁿ
+        if cfg.exact and (self.K == 0 or interval is None):
+            raise UserError("--exact needs a y, so --levels 1 or more, and a d that leaves an "
+                            "interval for every value: downscale, grayscale or posterize")
+        if self.K and cfg.transform == "grayscale" and image_shape[0] == 1:
             raise UserError("--transform grayscale leaves grey images as they are: take another")
         if self.K > most:
             raise UserError(f"--transform {cfg.transform} cannot be applied {self.K} times: "
                             f"take --levels {most}")
         y = self.representations(torch.zeros(1, *image_shape))  # of a grey image, for the shapes
         self.shapes = {k: y_k.shape[1:] for k, y_k in y.items()}  # (C_k, H_k, W_k)
-        channels_1, size_1, _ = self.shapes[1]
-        if self.K and size_1 < 8:
-            raise UserError(f"--levels {self.K} leaves y_1 {size_1} pixels a side, and 8 are the "
+        channels, side, _ = self.shapes[1]
+        if self.K and side < 8:
+            raise UserError(f"--levels {self.K} leaves y_1 {side} pixels a side, and 8 are the "
                             "least: take fewer")
 
-        width = widths(cfg, size, size_1)
-        self.q_u = GaussianEncoder(channels_1, size_1, *width["q_u"])  # Eq. (3.2g)
+        width = widths(cfg, image_shape[1], side)
+        self.q_u = GaussianEncoder(channels, side, *width["q_u"])  # Eq. (3.2g)
         if cfg.prior == "realnvp":
             self.p_u = RealNVPPrior(*width["flow"])  # Eqs. (3.2a), (3.2b)
         else:
             self.p_u = NormalPrior()
-        self.p_y = MixtureDecoder(channels_1, size_1, *width["p_y"])  # Eq. (3.2c)
+        self.p_y = MixtureDecoder(channels, side, *width["p_y"])  # Eq. (3.2c)
         self.q_z = nn.ModuleList()
         self.p_z = nn.ModuleList()
         self.p_x = nn.ModuleList()
-        coarse = interval is not None
-        restricted = interval if cfg.exact else None
         for k in range(1, self.K + 1):
-            C, side, _ = self.shapes[k]
-            C_next, side_next, _ = self.shapes[k + 1]
-            self.q_z.append(GaussianEncoder(C_next, side_next, *width["q_z"]))  # Eq. (3.2h)
-            self.p_z.append(ConditionalPrior(C, side, *width["p_z"]))  # Eq. (3.2d)
-            z_width, z_features, joint_width = width["p_x"]
-            if cfg.exact and side_next == 2 * side:
-                decoder = InTurnDecoder(C, side, interval, z_width, z_features, width["turn"])
+            y_shape = self.shapes[k]
+            next_shape = self.shapes[k + 1]
+            self.q_z.append(GaussianEncoder(*next_shape[:2], *width["q_z"]))  # Eq. (3.2h)
+            self.p_z.append(ConditionalPrior(y_shape, width))  # Eq. (3.2d)
+            if cfg.exact and next_shape[1] == 2 * y_shape[1]:
+                self.p_x.append(InTurnDecoder(y_shape, interval, width))  # Eq. (3.2e)
             else:
-                decoder = ConditionalDecoder(C, side_next, C_next, coarse, restricted, z_width,
-                                             z_features, joint_width)
-            self.p_x.append(decoder)  # Eq. (3.2e)
+                self.p_x.append(ConditionalDecoder(y_shape, next_shape, interval, cfg.exact, width))
+
+    @property
+    def levels(self):
+        """k, q_z, p_z and p_x of each level, k = 1 … K, as the paper counts them."""
+        return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
 
     def initialize(self, x):
         """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
@@ -143,16 +140,14 @@ class SelfVAE(nn.Module):
         q_u = self.q_u(y[1])
         u = q_u.rsample()
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
-        terms["re_y_1"] = -self.p_y(u).log_prob(y[1])
+        terms[f"re_{self.y_names[1]}"] = -self.p_y(u).log_prob(y[1])
         z = u  # z_0
-        for k in range(1, self.K + 1):
-            q_z = self.q_z[k - 1](y[k + 1])
-            p_z = self.p_z[k - 1](y[k], z)
-            z = q_z.rsample()
-            terms[f"kl_z_{k}"] = kl_divergence(q_z, p_z)
-            p_x = self.p_x[k - 1](y[k], z)
-            terms[f"re_y_{k + 1}"] = -p_x.log_prob(y[k + 1])
-        terms["re_x"] = terms.pop(f"re_y_{self.K + 1}")  # y_{K+1} is x
+        for k, q_z, p_z, p_x in self.levels:
+            q = q_z(y[k + 1])
+            p = p_z(y[k], z)
+            z = q.rsample()
+            terms[f"kl_z_{k}"] = kl_divergence(q, p)
+            terms[f"re_{self.y_names[k + 1]}"] = -p_x(y[k], z).log_prob(y[k + 1])
         return terms
 
     forward = terms  # what torch.compile and DistributedDataParallel call
@@ -173,23 +168,22 @@ class SelfVAE(nn.Module):
         """
         y = self.representations(x)
         q_u = self.q_u(y[1])
-        q_z = {}
+        q = {}
         from_y = {}
-        for k in range(1, self.K + 1):
-            q_z[k] = self.q_z[k - 1](y[k + 1])
-            from_y[k] = self.p_z[k - 1].from_y(y[k])
+        for k, q_z, p_z, _ in self.levels:
+            q[k] = q_z(y[k + 1])
+            from_y[k] = p_z.from_y(y[k])
         log_w = []
         for _ in range(samples):
             u = q_u.sample()
             log_p = self.p_u.log_prob(u) + self.p_y(u).log_prob(y[1])
             log_q = q_u.log_prob(u)
             z = u  # z_0
-            for k in range(1, self.K + 1):
-                p_z = self.p_z[k - 1].given(from_y[k], z)
-                z = q_z[k].sample()
-                p_x = self.p_x[k - 1](y[k], z)
-                log_p = log_p + p_z.log_prob(z) + p_x.log_prob(y[k + 1])
-                log_q = log_q + q_z[k].log_prob(z)
+            for k, _, p_z, p_x in self.levels:
+                p = p_z.given(from_y[k], z)
+                z = q[k].sample()
+                log_p = log_p + p.log_prob(z) + p_x(y[k], z).log_prob(y[k + 1])
+                log_q = log_q + q[k].log_prob(z)
             log_w.append(log_p - log_q)
         return torch.stack(log_w)
 
@@ -197,63 +191,61 @@ class SelfVAE(nn.Module):
     def decode(self, known, n, temperature=1.0, mean=False):
         """Top-down through the model: what is `known` is taken, all else drawn (section 3.3).
 
-        `known` is {name: value}, by the names "u", "z_k", "y_k". -> {name: value} of all variables,
-        n of each, y_k on the pixel grid; and {name: p}, its factor given what stands above it:
-        p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and every z_k. With
-        `mean` every y_k is the mean of its factor, and what follows is conditioned on that.
+        `known` is {name: value}, by the names "u", "z_k", "y_k" and "x". -> {name: value} of all
+        variables, n of each, y_k and x on the pixel grid; and {name: p}, its factor given what
+        stands above it: p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and
+        every z_k. With `mean` every y_k and x is the mean of its factor, and what follows is
+        conditioned on that.
         """
-        if "u" in known:
-            u = known["u"]
-        else:
+        def pixels(name, p):
+            if name in known:
+                return known[name]
+            return p.mean if mean else p.sample()
+
+        u = known.get("u")
+        if u is None:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
             u = self.p_u.from_noise(temperature * v)
-        p_y = self.p_y(u)
-        if "y_1" in known:
-            y = known["y_1"]
-        else:
-            y = p_y.mean if mean else p_y.sample()
-        values = {"u": u, "y_1": y}
-        factors = {"u": self.p_u, "y_1": p_y}
+        name = self.y_names[1]
+        factors = {"u": self.p_u, name: self.p_y(u)}
+        y = pixels(name, factors[name])
+        values = {"u": u, name: y}
         z = u  # z_0
-        for k in range(1, self.K + 1):
-            p_z = self.p_z[k - 1](y, z)
-            if f"z_{k}" in known:
-                z = known[f"z_{k}"]
-            else:
-                z = p_z.mean + temperature * p_z.stddev * torch.randn_like(p_z.mean)
-            p_x = self.p_x[k - 1](y, z)
-            if f"y_{k + 1}" in known:
-                y = known[f"y_{k + 1}"]
-            else:
-                y = p_x.mean if mean else p_x.sample()
-            values |= {f"z_{k}": z, f"y_{k + 1}": y}
-            factors |= {f"z_{k}": p_z, f"y_{k + 1}": p_x}
+        for k, _, p_z, p_x in self.levels:
+            p = p_z(y, z)
+            z = known.get(f"z_{k}")
+            if z is None:
+                z = p.mean + temperature * p.stddev * torch.randn_like(p.mean)
+            name = self.y_names[k + 1]
+            factors |= {f"z_{k}": p, name: p_x(y, z)}
+            y = pixels(name, factors[name])
+            values |= {f"z_{k}": z, name: y}
         return values, factors
 
     @torch.no_grad()
     def infer(self, x, sent):
         """What a receiver knows of x once the variables named in `sent` are sent.
 
-        Names are "u", "z_k", "y_k", of which y_{K+1} is x. Whoever has y_k computes
-        y_{k-1} = d(y_k) and draws z_{k-1} ~ q(z_{k-1}|y_k), z_0 = u. -> {name: value} of all that
-        is known, and {name: q}, the factors that its latents are drawn from. ValueError for other
-        names.
+        Whoever has y_{k+1} computes y_k = d(y_{k+1}) and draws z_k ~ q(z_k|y_{k+1}), z_0 = u.
+        -> {name: value} of all that is known, by the names of `decode`; and {name: q}, the factors
+        that its latents are drawn from. ValueError for other names.
         """
         y = self.representations(x)
-        for name in sent:
-            if name not in self.latents and name not in [f"y_{k}" for k in y]:
-                raise ValueError(f"there is no {name} in a model of {self.K} levels")
-        encoders = [self.q_u, *self.q_z]
+        unknown = set(sent) - {*self.latents, *self.y_names.values()}
+        if unknown:
+            raise ValueError(f"there is no {unknown.pop()} in a model of {self.K} levels")
+        encoders = [self.q_u, *self.q_z]  # item k is that of z_k
         known = {}
         factors = {}
         has_y = False
-        for k in range(self.K + 1, 0, -1):  # from x down to y_1
-            has_y = has_y or f"y_{k}" in sent
+        for k in range(self.K, -1, -1):  # from z_K and y_{K+1} = x down to u and y_1
+            latent = self.latents[k]
+            y_name = self.y_names[k + 1]
+            has_y = has_y or y_name in sent
             if has_y:
-                known[f"y_{k}"] = y[k]
-            latent = self.latents[k - 1]  # z_{k-1}, the one that is inferred from y_k
+                known[y_name] = y[k + 1]
             if has_y or latent in sent:
-                factors[latent] = encoders[k - 1](y[k])
+                factors[latent] = encoders[k](y[k + 1])
                 known[latent] = factors[latent].sample()
         return known, factors
 
@@ -278,7 +270,7 @@ class SelfVAE(nn.Module):
     def draw_x(self, known, n, temperature=1.0, mean=False):
         """The x of a `decode` with these arguments: (n, C, H, W)."""
         values, _ = self.decode(known, n, temperature, mean)
-        return values[f"y_{self.K + 1}"]
+        return values["x"]
 
     def sample(self, n, temperature=1.0, mean=False):
         """Generation, Eq. (3.3c) -> x (n, C, H, W) on the pixel grid; arguments as for `decode`."""
@@ -303,8 +295,7 @@ class SelfVAE(nn.Module):
             start, _ = self.p_u.flow(start)
             end, _ = self.p_u.flow(end)
         shares = [i / max(1, count - 1) for i in range(count)]  # of the way from x1 to x2
-        line = torch.stack([torch.lerp(start, end, share) for share in shares], 1)
-        u = line.flatten(0, 1)
+        u = torch.stack([torch.lerp(start, end, share) for share in shares], 1).flatten(0, 1)
         if base:
             u = self.p_u.from_noise(u)
         images = self.draw_x({"u": u}, len(u), temperature=0.0, mean=mean)
@@ -317,10 +308,8 @@ class SelfVAE(nn.Module):
         (B, C, H, W) -> (B, n, C, H, W), Figure 13 (ii). What is shared is one sample from q for all
         n; every y_k and x̂ is drawn anew.
         """
-        shared = [name for name in self.latents if name not in redrawn]
-        known, _ = self.infer(x, shared)
-        for name in shared:
-            known[name] = known[name].repeat_interleave(n, 0)
+        known, _ = self.infer(x, [name for name in self.latents if name not in redrawn])
+        known = {name: value.repeat_interleave(n, 0) for name, value in known.items()}
         images = self.draw_x(known, n * len(x), temperature, mean)
         return images.unflatten(0, (-1, n))
 
@@ -439,16 +428,17 @@ TRANSFORMS = {
 class ConditionalPrior(nn.Module):
     """p(z_k | y_k, z_{k-1}), a Gaussian over (16, 8, 8).
 
-    y_k is (B, channels, size, size), z_{k-1} (B, 16, 8, 8).
+    y_k is (B, *y_shape), z_{k-1} (B, 16, 8, 8). `width` is a row of WIDTHS.
     """
 
-    def __init__(self, channels, size, y_width, latent_width):
+    def __init__(self, y_shape, width):
         super().__init__()
+        channels, side, _ = y_shape
         c = LATENT[0]
-        encoder = Encoder(channels, size, *y_width, c_out=c, sd=1.0)
+        encoder = Encoder(channels, side, *width["p_z from y"], c_out=c, sd=1.0)
         self.from_y = nn.Sequential(encoder, nn.ELU())  # an ELU after y's branch alone, as released
-        self.from_z = dense_blocks(c, *latent_width, c)
-        self.joint = dense_blocks(2 * c, *latent_width, 2 * c, sd=0.1)
+        self.from_z = dense_blocks(c, *width["p_z"], c)
+        self.joint = dense_blocks(2 * c, *width["p_z"], 2 * c, sd=0.1)
 
     def forward(self, y, z):
         return self.given(self.from_y(y), z)
@@ -459,28 +449,28 @@ class ConditionalPrior(nn.Module):
 
 
 class ConditionalDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, channels, …), z_k (B, 16, 8, 8).
+    """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, *y_shape), z_k (B, 16, 8, 8), y_{k+1} (B, *next_shape).
 
-    `z_features` is the number of channels that z becomes at full size. `interval` is that of
-    TRANSFORMS with --exact, else None: it restricts every value to what y_k leaves possible.
-    NOTE(paper): for a `coarse` y_k, which is a simpler y_{k+1}, the mixture is one of
+    `interval` is that of TRANSFORMS. If `exact`, it restricts every value to what y_k leaves
+    possible. `width` is a row of WIDTHS.
+    NOTE(paper): where y_k is a simpler y_{k+1}, which an interval tells, the mixture is one of
     y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
     copy its input. The number of parameters is the same.
     """
 
-    def __init__(self, channels, size, c_out, coarse, interval, z_width, z_features, joint_width):
+    def __init__(self, y_shape, next_shape, interval, exact, width):
         super().__init__()
-        self.size = size
-        self.c_out = c_out
-        self.coarse = coarse
-        self.interval = interval
-        self.from_z = Decoder(size, *z_width, z_features, sd=1.0)
-        self.joint = dense_blocks(z_features + channels, *joint_width, dmol_channels(c_out), sd=0.1)
+        self.c_out, self.side, _ = next_shape
+        self.shifts = interval is not None
+        self.interval = interval if exact else None
+        self.from_z = Decoder(self.side, *width["p_x from z"], width["z channels"], sd=1.0)
+        self.joint = dense_blocks(width["z channels"] + y_shape[0], *width["p_x"],
+                                  dmol_channels(self.c_out), sd=0.1)
 
     def forward(self, y, z):
-        enlarged_y = F.interpolate(y, size=(self.size, self.size), mode="bilinear")
+        enlarged_y = F.interpolate(y, size=(self.side, self.side), mode="bilinear")
         params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
-        shift = enlarged_y if self.coarse else None
+        shift = enlarged_y if self.shifts else None
         interval = None
         if self.interval is not None:
             interval = partial(self.interval, to_uint8(y).int(), [])
@@ -490,21 +480,23 @@ class ConditionalDecoder(nn.Module):
 # With --exact, where y_k has half the side: the pixels of 2x2 blocks in turn.
 
 class InTurnDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, C, h, w), z_k (B, 16, 8, 8).
+    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, *y_shape), z_k (B, 16, 8, 8).
 
-    All its networks compute at the side of y_k.
+    All its networks compute at the side of y_k. `interval` is that of TRANSFORMS.
     NOTE(paper): there the pixels are independent given y_k and z_k, and most images that are drawn
     have a d other than y_k. So the bound pays for y_k, and in y_{k+1} for the same once more.
     """
 
-    def __init__(self, channels, side, interval, z_width, z_features, turn_width):
+    def __init__(self, y_shape, interval, width):
         super().__init__()
+        channels, side, _ = y_shape
         self.interval = interval
-        self.from_z = Decoder(side, *z_width, z_features, sd=1.0)
+        self.from_z = Decoder(side, *width["p_x from z"], width["z channels"], sd=1.0)
         self.turns = nn.ModuleList()
         for before in range(3):
-            c_in = z_features + (5 + before) * channels  # y, four slopes, the errors before
-            self.turns.append(dense_blocks(c_in, *turn_width, dmol_channels(channels), sd=0.1))
+            # Features of z, y, four slopes, the errors of the pixels before.
+            c_in = width["z channels"] + (5 + before) * channels
+            self.turns.append(dense_blocks(c_in, *width["turn"], dmol_channels(channels), sd=0.1))
 
     def forward(self, y, z):
         return InTurn(y, self.from_z(z), self.turns, self.interval)
@@ -617,23 +609,28 @@ def image_of_pixels(pixels):
 # ---- Networks ------------------------------------------------------------------------------------
 
 # Changed from vae.py: every factor has its own
-# (growth, layers) of the dense blocks of each factor. p_z: those of from_y, then those of from_z
-# and joint. p_x: those of from_z, how many channels it makes of z, those of joint. turn, ours: with
-# --exact and y of half the side, those of each of the three networks in place of joint.
+# (growth, layers) of the dense blocks of each factor. A factor given y and z has those that read y
+# or z alone, and those of its other networks. "z channels" is what z becomes at the size of y.
+# "turn", ours, is for each of the three networks that --exact has in place of "p_x" where y is half
+# the size.
 WIDTHS = {
-    "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
-    "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
-    "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
-    "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
-                     p_z=((64, 5), (64, 3)), p_x=((64, 8), 100, (64, 5)), turn=(48, 4)),
+    "vae-32": {"q_u": (64, 8), "p_y": (128, 6), "flow": (64, 5)},  # K = 0, as in vae.py
+    "vae-64": {"q_u": (64, 6), "p_y": (128, 5), "flow": (64, 5)},
+    "vae-small": {"q_u": (32, 2), "p_y": (32, 2), "flow": (16, 2)},
+    "released": {"q_u": (128, 3), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 4),
+                 "p_z from y": (64, 5), "p_z": (64, 3),
+                 "p_x from z": (64, 8), "z channels": 100, "p_x": (64, 5), "turn": (48, 4)},
     # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
-    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
-                   p_z=((48, 4), (48, 3)), p_x=((64, 6), 100, (16, 4)), turn=(24, 3)),
-    "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
-                        p_z=((32, 3), (48, 3)), p_x=((64, 6), 100, (16, 4))),
+    "deeper": {"q_u": (128, 3), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 3),
+               "p_z from y": (48, 4), "p_z": (48, 3),
+               "p_x from z": (64, 6), "z channels": 100, "p_x": (16, 4), "turn": (24, 3)},
+    "full-size y": {"q_u": (64, 6), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 3),
+                    "p_z from y": (32, 3), "p_z": (48, 3),
+                    "p_x from z": (64, 6), "z channels": 100, "p_x": (16, 4)},
     # About as many parameters as "vae-small".
-    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
-                  p_z=((16, 1), (8, 1)), p_x=((16, 2), 8, (8, 2)), turn=(12, 2)),
+    "small": {"q_u": (16, 2), "p_y": (32, 2), "flow": (16, 2), "q_z": (16, 2),
+              "p_z from y": (16, 1), "p_z": (8, 1),
+              "p_x from z": (16, 2), "z channels": 8, "p_x": (8, 2), "turn": (12, 2)},
 }
 
 
@@ -681,14 +678,10 @@ def evaluate(cfg, model, images, folder, state):
             "re_nats": sum(terms[name] for name in terms if name.startswith("re_")),
             "kl_nats": sum(terms[name] for name in terms if name.startswith("kl_")),
             **terms,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds_1": seconds_to_sample(model, 1),
-            "seconds_100": seconds_to_sample(model, 100),
-            "step": state["step"], "train_seconds": state["seconds"],
-            "device": cfg.device, "dtype": cfg.dtype,
+            **cost_of(cfg, model, state),
         }
         if cfg.fid:
-            results |= fid(cfg, model, images)
+            results |= fid_of_samples(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
         save_latent_space(cfg, model, images, folder, state["step"])
         table = rates(cfg, model, iw_test, dims)
@@ -720,10 +713,8 @@ def rate(model, x, sent, dims, noise):
         percent      number of values sent, in percent of D: the paper's measure
         raw_bpd      bits per dimension of x at 8 bits a value (not counting a float for each
                      latent, its largest value)
-        ideal_bpd    code length under the model, in bits per dimension of x, of all that the
-                     receiver then knows: -log p of every y and, by relative entropy coding with
-                     noise that both sides share, log q - log p of every latent. For
-                     conditional_generate at K = 1 it is minus the bound on log p(y), Eq. (A.4d)
+        ideal_bpd    `code_length` of all that the receiver then knows, in bits per dimension of x.
+                     For conditional_generate at K = 1 minus the bound on log p(y), Eq. (A.4d)
         psnr         of x̂, a sample, in dB; for generate, which sends nothing, a floor
         psnr_8bit    the same where the latents sent are rounded to 8 bits
         psnr_mean    with the means of p(y|·) and p(x|·), unknown latents drawn anew
@@ -739,21 +730,29 @@ def rate(model, x, sent, dims, noise):
     seed_noise(*noise, "decode")  # once more, so that psnr_8bit differs by the rounding alone
     of_rounded = model.draw_x(rounded, len(x))
     of_means = model.draw_x(known, len(x), mean=True)
-
     share = sum(known[name][0].numel() for name in sent) / dims
-    nats = torch.zeros(len(x), device=x.device)
+    return {
+        "percent": torch.full((len(x),), 100 * share),
+        "raw_bpd": torch.full((len(x),), 8 * share),
+        "ideal_bpd": bits_per_dim(code_length(known, q, p).expand(len(x)), dims),
+        "psnr": psnr(values["x"], x),
+        "psnr_8bit": psnr(of_rounded, x),
+        "psnr_mean": psnr(of_means, x),
+    }
+
+
+def code_length(known, q, p):
+    """What the `known` variables cost under the model: three dicts by name -> (B,) in nats.
+
+    -log p of every y and, by relative entropy coding with noise that both sides share,
+    log q - log p of every latent. 0 where nothing is known.
+    """
+    nats = torch.zeros(())
     for name, value in known.items():
         nats = nats - p[name].log_prob(value)
         if name in q:
             nats = nats + q[name].log_prob(value)
-    return {
-        "percent": torch.full_like(nats, 100 * share),
-        "raw_bpd": torch.full_like(nats, 8 * share),
-        "ideal_bpd": bits_per_dim(nats, dims),
-        "psnr": psnr(values[f"y_{model.K + 1}"], x),
-        "psnr_8bit": psnr(of_rounded, x),
-        "psnr_mean": psnr(of_means, x),
-    }
+    return nats
 
 
 def bicubic_psnr(model, batches):
@@ -805,8 +804,7 @@ def save_figures(cfg, model, images, folder, split, step):
     name = f"{figure_name(cfg, split, step)}.png"
 
     values, _ = model.decode({}, 32, cfg.temperature, cfg.mean)
-    samples = {f"y_{k}": enlarged(values[f"y_{k}"], x) for k in range(1, K + 1)}
-    samples["x"] = values[f"y_{K + 1}"]
+    samples = {y_name: enlarged(values[y_name], x) for y_name in model.y_names.values()}
     save_sheet(folder / "samples" / name, title + temperature, samples)
     if K == 0:
         save_sheet(folder / "reconstructions" / name, title,
@@ -1205,11 +1203,16 @@ def train(cfg, model, images, folder, checkpoint):
         state = start_run(cfg, folder, images)
         model.initialize(data.batch(0))
     else:
-        state = restore(checkpoint, model, optimizer)
+        state = checkpoint["state"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if total < state["step"]:
+        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     costs = parallel(cfg, model)  # model.terms, for training
-    falls_after = start_of_cooldown(cfg, state, total)
+    falls_after = (1 - cfg.cooldown) * total  # steps: the rate then falls to zero
 
     rows = []  # the terms of the steps since the last progress line
+    saved = -math.inf  # when last.pt was
+    state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
         seed_noise(cfg.seed, step, rank)
@@ -1230,31 +1233,13 @@ def train(cfg, model, images, folder, checkpoint):
         if validating or step % cfg.log_every == 0:
             log_training(folder, state, total, rows, data.batch_size, dims)
             rows = []
-        if validating:
-            validate(cfg, model, images, folder, optimizer, state)
-        # Saved after the validation, to hold its score, and only where all steps so far are logged:
-        # a resumed run starts its next line with no rows.
-        if not rows and time.perf_counter() > state["saved"] + SAVE_SECONDS:
-            save(folder / "last.pt", cfg, model, optimizer, state)
-            state["saved"] = time.perf_counter()
-    save(folder / "last.pt", cfg, model, optimizer, state)
-
-
-# Copied from vae.py: start_of_cooldown
-def start_of_cooldown(cfg, state, total):
-    """The step after which the learning rate falls, to zero at the end of `total` steps.
-
-    `total` is noted in `state`. UserError if it is fewer steps than are done, or if the rate
-    already falls towards another last step.
-    """
-    if total < state["step"]:
-        raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
-    planned = state.get("total", total)
-    if total != planned and state["step"] > (1 - cfg.cooldown) * planned:
-        raise UserError(f"this run's learning rate falls to zero at step {planned} already, so "
-                        f"its --steps cannot become {total}: take another --name")
-    state["total"] = total
-    return (1 - cfg.cooldown) * total
+            if validating:
+                validate(cfg, model, images, folder, optimizer, state)
+            # After the validation, to hold its score, and only where all steps so far are logged: a
+            # resumed run begins its next line with no rows.
+            if step == total or time.perf_counter() > saved + SAVE_SECONDS:
+                save(folder / "last.pt", cfg, model, optimizer, state)
+                saved = time.perf_counter()
 
 
 # Copied from vae.py: validate
@@ -1263,7 +1248,6 @@ def validate(cfg, model, images, folder, optimizer, state):
 
     Process 0 does it while the others wait, and the clock of training stands still.
     """
-    began = time.perf_counter()
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         dims = math.prod(images.shape)
@@ -1277,26 +1261,13 @@ def validate(cfg, model, images, folder, optimizer, state):
             state["best"] = bpd
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["start"] += time.perf_counter() - began
-
-
-# Copied from vae.py: fid
-def fid(cfg, model, images):
-    """FID of --fid samples against train and test, and Inception Score.
-
-    {} if Inception's weights cannot be had.
-    """
-    inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
-    if inception is None:
-        return {}
-    references = reference_statistics(inception, images, cfg.device)
-    return inception_metrics(inception, sample_batches(model, cfg.fid), references)
+    state["clock"] = time.perf_counter()  # so that it does not count as training
 
 
 # Copied from vae.py: figure_name
 def figure_name(cfg, split, step):
     """The file name of a figure, with --mean and --temperature where they changed it."""
-    name = step_name(split, step)
+    name = "test" if split == "test" else f"{step:06d}"
     if cfg.mean:
         name += "-mean"
     if cfg.temperature != 1:
@@ -1307,7 +1278,7 @@ def figure_name(cfg, split, step):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
-def flag(default, text, fixed=False, choices=None, low=1, high=math.inf):
+def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
     """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -1357,12 +1328,11 @@ class Config:
     fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
 
     def __post_init__(self):
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
-        if self.iw_images is None and self.small:
-            self.iw_images = 200
-        if self.iw_samples is None:
-            self.iw_samples = 64 if self.small else 512
+        if self.small:
+            self.eval_images = self.eval_images or 500
+            self.iw_images = self.iw_images or 200
+            self.iw_samples = self.iw_samples or 64
+        self.iw_samples = self.iw_samples or 512
 
     @property
     def variant(self):
@@ -1395,111 +1365,67 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` holds the flags of the run that is resumed or evaluated: they are the defaults here, and a
-    `fixed` one cannot be given another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
+    as it was there, and a `fixed` one cannot be typed with another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                           argument_default=argparse.SUPPRESS)  # what is not typed is left out
     fields = dataclasses.fields(Config)
-    # Flags of this call, not of the run. --dtype is the run's: its numbers depend on it.
-    of_this_call = ("out_dir", "name", "resume", "eval", "device", "compile")
     for f in fields:
-        default = f.default
-        if run and f.name not in of_this_call:
-            default = run.get(f.name, default)  # a run may be older than the flag
-        if default is None:
-            default = argparse.SUPPRESS  # --help prints no "(default: None)"
-        options = {"default": default, "help": f.metadata["help"]}
+        text = f.metadata["help"]
+        if f.default is not None:
+            text += f" (default: {f.default})"
         if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            kind = {"action": argparse.BooleanOptionalAction}
         else:
-            options |= {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name}", **options)
-    cfg = Config(**vars(parser.parse_args(argv)))
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument(f"--{f.name}", help=text, **kind)
+    values = vars(parser.parse_args(argv))
     for f in fields:
-        value = getattr(cfg, f.name)
-        low, high = f.metadata["range"]
-        if f.type in (int, float) and value is not None:
-            if not low <= value <= high or math.isinf(value):
-                wanted = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-                raise UserError(f"--{f.name} must be finite and {wanted}, not {value}")
-        # A run that is older than a flag has its default, if it is not one that others decide.
-        kept = run.get(f.name, value if f.default is None else f.default) if run else value
-        if f.metadata["fixed"] and value != kept:
-            raise UserError(f"this run's --{f.name} is {kept} and cannot become {value}")
-    if run and cfg.steps and cfg.steps == run["steps"] and cfg.epochs != run["epochs"]:
-        raise UserError("this run's length is set by --steps, which --epochs does not change")
-    return cfg
-
-
-def run_folder(cfg):
-    """Where the run is kept: --name in --out_dir."""
-    dataset = f"{Path(cfg.dataset).name}{cfg.size or ''}"
-    return Path(cfg.out_dir, cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}")
-
-
-def holds_a_run(folder):
-    """The UserError for a new run in the folder of another."""
-    if not any(folder.glob("*.pt")):
-        return UserError(f"{folder} holds a run without a checkpoint: delete it, or take another "
-                         "--name")
-    return UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval evaluates "
-                     "it, --name NAME starts another")
+        if f.name in values and f.type in (int, float):
+            low, high = f.metadata["range"]
+            if not low <= values[f.name] <= high:
+                raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
+        # A run may be older than a flag. Its device and --compile were those of its machine.
+        if run and f.name in run and f.name not in ("device", "compile"):
+            value = values.setdefault(f.name, run[f.name])
+            if f.metadata["fixed"] and value != run[f.name]:
+                raise UserError(f"this run's --{f.name} is {run[f.name]} and cannot become {value}")
+    return Config(**values)
 
 
 def start_run(cfg, folder, images):
-    """Make the folder of a new run, with config.json, which no other has -> the run's state.
+    """Make the folder of a new run, with config.json -> the run's state.
 
     "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. "start" and "saved" are times on the clock: when training began, plus
-    all pauses, and of the last save.
+    which images these are. FileExistsError where another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             encoding="utf-8")  # stdout "" without git
+                             capture_output=True, encoding="utf-8")  # stdout is "" without git
         made_by = {"command": shlex.join(sys.argv), "commit": git.stdout.strip(),
                    "torch": torch.__version__, "processes": processes()[1]}
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(folder / "config.json", "x", encoding="utf-8") as file:
-                file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
-        except FileExistsError:  # of a run that was started at the same time
-            raise holds_a_run(folder) from None
-    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": identity_of(images),
-            "start": time.perf_counter(),
-            "saved": -math.inf}  # so last.pt is saved at the first progress line
+        with open(folder / "config.json", "x", encoding="utf-8") as file:
+            file.write(to_json(dataclasses.asdict(cfg) | made_by, indent=1))
+    return {"step": 0, "best": math.inf, "seconds": 0.0, "data": images.identity}
 
 
-def identity_of(images):
-    """What a run remembers of its images, to recognise them wherever they are kept: a string."""
-    n_train = len(images.train) + len(images.valid)
-    return f"{n_train} for training, {len(images.test)} for the test ({images.key})"
-
-
-def require_same_images(checkpoint, images):
-    """UserError if these are not the images of the checkpoint's run: another set, another split.
-
-    Of an older run, which did not note its images, the name of the set is compared.
-    """
-    theirs = checkpoint["state"].get("data", checkpoint["config"]["dataset"])
-    ours = identity_of(images)
-    if theirs not in (ours, images.key):
-        raise UserError(f"this run's images were {theirs}; now they are {ours}, and it may have "
-                        "been trained on some of its test images: take another --name")
-
-
-def restore(checkpoint, model, optimizer):
-    """Load a checkpoint -> the run's state, with its clock running again."""
-    load_weights(checkpoint, model)
+def load_checkpoint(folder, best):
+    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    path = folder / "last.pt"
+    if best and (folder / "best.pt").exists():
+        path = folder / "best.pt"
+    if not path.exists():
+        raise UserError(f"there is no {path} to go on from or to evaluate")
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError("the checkpoint is without its optimizer's state, or with another one's: "
-                        "--eval can evaluate it") from None
-    now = time.perf_counter()
-    state = checkpoint["state"]
-    return {**state, "start": now - state["seconds"], "saved": now}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception:  # whatever reading what is broken may raise
+        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    if script != SCRIPT:
+        raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
 
 
 def load_weights(checkpoint, model):
@@ -1511,27 +1437,6 @@ def load_weights(checkpoint, model):
                         "run's flags: it is of another version, or damaged") from None
 
 
-def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
-    path = folder / "last.pt"
-    if best and (folder / "best.pt").exists():
-        path = folder / "best.pt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        for part in ("config", "state", "model"):
-            dict(checkpoint[part])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path} to go on from or to evaluate") from None
-    except (PermissionError, IsADirectoryError):
-        raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
-    if script != SCRIPT:
-        raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    return checkpoint
-
-
 def save(path, cfg, model, optimizer, state):
     """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
 
@@ -1539,16 +1444,12 @@ def save(path, cfg, model, optimizer, state):
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
-        aside = path.with_suffix(".tmp")
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        try:
-            with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
-                torch.save(checkpoint, file)
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        aside = path.with_suffix(".tmp")
+        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+            torch.save(checkpoint, file)
+        os.replace(aside, path)
 
 
 def autocast(cfg):
@@ -1579,12 +1480,12 @@ def parallel(cfg, model, **options):
 def print_header(cfg, folder, model, images):
     """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"{processes()[1]} x {device_and_precision(cfg)}"
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
-          f"{images.shape}; {where}; writing to {folder}", flush=True)
+          f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
+          flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
+        seen = cfg.steps * cfg.batch_size
     rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
     days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
@@ -1596,14 +1497,7 @@ def device_and_precision(cfg):
     """-> "cpu, 1 thread, bf16" or the like."""
     if cfg.device != "cpu":
         return f"{cfg.device}, {cfg.dtype}"
-    threads = torch.get_num_threads()
-    unit = "thread" if threads == 1 else "threads"
-    return f"cpu, {threads} {unit}, {cfg.dtype}"
-
-
-def step_name(split, step):
-    """What a figure is called: "test", of a validation its step."""
-    return "test" if split == "test" else f"{step:06d}"
+    return f"cpu, {torch.get_num_threads()} threads, {cfg.dtype}"
 
 
 def sheet_title(cfg, images, split, step):
@@ -1619,26 +1513,34 @@ def main(Model, argv=None):
     """
     try:
         cfg = parse_flags(argv)
-        folder = run_folder(cfg)
+        dataset = f"{Path(cfg.dataset).name}{cfg.size or ''}"
+        name = cfg.name or f"{SCRIPT}-{dataset}-{cfg.variant}-s{cfg.seed}"
+        folder = Path(cfg.out_dir, name)
         checkpoint = None
         if cfg.resume or cfg.eval:
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
-        elif (folder / "config.json").exists() or any(folder.glob("*.pt")):
-            raise holds_a_run(folder)
+        elif any(folder.glob("*.pt")) or (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
+                            "--name NAME starts another")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
-        if checkpoint:
-            require_same_images(checkpoint, images)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
+        if checkpoint:
+            theirs = checkpoint["state"].get("data", images.identity)
+            if theirs != images.identity:
+                raise UserError(f"this run's images were {theirs}; now they are {images.identity}, "
+                                "and some of its test images may be among those that it trained "
+                                "on: take another --name")
+            load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
             train(cfg, model, images, folder, checkpoint)
             barrier()  # until process 0 has written its checkpoints
             checkpoint = load_checkpoint(folder, best=True)
-        load_weights(checkpoint, model)
+            load_weights(checkpoint, model)
         if processes()[0] == 0:
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
@@ -1655,7 +1557,6 @@ def main(Model, argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console's encoding may lack some characters
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a console's encoding may lack some characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(SelfVAE))
