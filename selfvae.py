@@ -164,27 +164,15 @@ class SelfVAE(nn.Module):
         Eq. (2): its two parts are averaged in Eqs. (A.4a), (A.4b) and joined in Eqs. (1), (A.4c),
         where log q(y|x) = 0. E[w] is p(x, y) at y = d(x), which is less than p(x), the sum over all
         y, unless --exact lets no other y have this x: no number of samples closes that gap. x and
-        the y_k are encoded once.
+        the y_k are encoded once; log w is minus what it costs to send all variables.
         """
-        y = self.representations(x)
-        q_u = self.q_u(y[1])
-        q = {}
-        from_y = {}
-        for k, q_z, p_z, _ in self.levels:
-            q[k] = q_z(y[k + 1])
-            from_y[k] = p_z.from_y(y[k])
+        known, q = self.infer(x, ["x"])
         log_w = []
         for _ in range(samples):
-            u = q_u.sample()
-            log_p = self.p_u.log_prob(u) + self.p_y(u).log_prob(y[1])
-            log_q = q_u.log_prob(u)
-            z = u  # z_0
-            for k, _, p_z, p_x in self.levels:
-                p = p_z.given(from_y[k], z)
-                z = q[k].sample()
-                log_p = log_p + p.log_prob(z) + p_x(y[k], z).log_prob(y[k + 1])
-                log_q = log_q + q[k].log_prob(z)
-            log_w.append(log_p - log_q)
+            for name in self.latents:
+                known[name] = q[name].sample()
+            _, p = self.decode(known, len(x))
+            log_w.append(-code_length(known, q, p))
         return torch.stack(log_w)
 
     @torch.no_grad()
@@ -441,11 +429,7 @@ class ConditionalPrior(nn.Module):
         self.joint = dense_blocks(2 * c, *width["p_z"], 2 * c, sd=0.1)
 
     def forward(self, y, z):
-        return self.given(self.from_y(y), z)
-
-    def given(self, h, z):
-        """The same from h = from_y(y_k), which `log_weights` computes once for all samples."""
-        return gaussian(self.joint(torch.cat([h, self.from_z(z)], 1)))
+        return gaussian(self.joint(torch.cat([self.from_y(y), self.from_z(z)], 1)))
 
 
 class ConditionalDecoder(nn.Module):

@@ -71,9 +71,8 @@ class WithoutY(selfvae.SelfVAE):
         super().__init__(cfg, image_shape)
         if self.K == 0 or cfg.exact:
             raise UserError("without-y takes --levels 1 or more and no --exact")
-        for k in range(1, self.K + 1):
-            channels = self.shapes[k][0]
-            self.p_x[k - 1].joint.register_forward_pre_hook(hide_last(channels))
+        for k, _, _, p_x in self.levels:
+            p_x.joint.register_forward_pre_hook(hide_last(self.shapes[k][0]))
 
 
 def hide_last(channels):

@@ -105,35 +105,35 @@ def main(folder, data_dir="data"):
 
     torch.manual_seed(0)
     if script == "vae":
-        K = 0
         y = {1: x}
+        names = {1: "x"}
+        levels = []
         encoder, prior, decoder = model.q_z, model.p_z, model.p_x
     else:
-        K = model.K
         y = model.representations(x)
+        names = model.y_names
+        levels = model.levels
         encoder, prior, decoder = model.q_u, model.p_u, model.p_y
-    names = {k: f"y_{k}" for k in y}
-    names[K + 1] = "x"
     q = encoder(y[1])
     z = q.rsample()
     kl = (q.log_prob(z) - prior.log_prob(z)).mean().item()
-    p_x = decoder(z)
-    print_row(names[1], y[1], p_x, p_x.sample(), kl, torch.zeros_like(y[1]), dims)
-    for k in range(1, K + 1):
+    p_y = decoder(z)
+    print_row(names[1], y[1], p_y, p_y.sample(), kl, torch.zeros_like(y[1]), dims)
+    for k, q_z, p_z, p_x in levels:
         target = y[k + 1]
-        q = model.q_z[k - 1](target)
-        p_z = model.p_z[k - 1](y[k], z)
+        q = q_z(target)
+        p = p_z(y[k], z)
         z = q.rsample()
-        p_x = model.p_x[k - 1](y[k], z)
-        draw = p_x.sample()
-        kl_of_values = kl_divergence(q.base_dist, p_z.base_dist).mean(0)
+        p_target = p_x(y[k], z)
+        draw = p_target.sample()
+        kl_of_values = kl_divergence(q.base_dist, p.base_dist).mean(0)
         in_use = (kl_of_values > 0.05).float().mean().item()
         miss = math.nan
-        if k == K:
-            miss = rms(model.representations(draw)[K], y[K])
+        if names[k + 1] == "x":
+            miss = rms(model.representations(draw)[k], y[k])
         below = F.interpolate(y[k], size=target.shape[2:], mode="bilinear")
         kl = kl_of_values.sum().item()
-        print_row(names[k + 1], target, p_x, draw, kl, below, dims, in_use, miss)
+        print_row(names[k + 1], target, p_target, draw, kl, below, dims, in_use, miss)
 
 
 if __name__ == "__main__":
