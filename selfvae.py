@@ -423,7 +423,7 @@ class ConditionalPrior(nn.Module):
         super().__init__()
         channels, side, _ = y_shape
         c = LATENT[0]
-        encoder = Encoder(channels, side, *width["p_z from y"], c_out=c, sd=1.0)
+        encoder = Encoder(channels, side, *width["p_z_from_y"], c_out=c, sd=1.0)
         self.from_y = nn.Sequential(encoder, nn.ELU())  # an ELU after y's branch alone, as released
         self.from_z = dense_blocks(c, *width["p_z"], c)
         self.joint = dense_blocks(2 * c, *width["p_z"], 2 * c, sd=0.1)
@@ -447,8 +447,8 @@ class ConditionalDecoder(nn.Module):
         self.c_out, self.side, _ = next_shape
         self.shifts = interval is not None
         self.interval = interval if exact else None
-        self.from_z = Decoder(self.side, *width["p_x from z"], width["z channels"], sd=1.0)
-        self.joint = dense_blocks(width["z channels"] + y_shape[0], *width["p_x"],
+        self.from_z = Decoder(self.side, *width["p_x_from_z"], width["z_channels"], sd=1.0)
+        self.joint = dense_blocks(width["z_channels"] + y_shape[0], *width["p_x"],
                                   dmol_channels(self.c_out), sd=0.1)
 
     def forward(self, y, z):
@@ -475,11 +475,11 @@ class InTurnDecoder(nn.Module):
         super().__init__()
         channels, side, _ = y_shape
         self.interval = interval
-        self.from_z = Decoder(side, *width["p_x from z"], width["z channels"], sd=1.0)
+        self.from_z = Decoder(side, *width["p_x_from_z"], width["z_channels"], sd=1.0)
         self.turns = nn.ModuleList()
         for before in range(3):
             # Features of z, y, four slopes, the errors of the pixels before.
-            c_in = width["z channels"] + (5 + before) * channels
+            c_in = width["z_channels"] + (5 + before) * channels
             self.turns.append(dense_blocks(c_in, *width["turn"], dmol_channels(channels), sd=0.1))
 
     def forward(self, y, z):
@@ -594,27 +594,27 @@ def image_of_pixels(pixels):
 
 # Changed from vae.py: every factor has its own
 # (growth, layers) of the dense blocks of each factor. A factor given y and z has those that read y
-# or z alone, and those of its other networks. "z channels" is what z becomes at the size of y.
-# "turn", ours, is for each of the three networks that --exact has in place of "p_x" where y is half
+# or z alone, and those of its other networks. z_channels is what z becomes at the size of y.
+# turn, ours, is for each of the three networks that --exact has in place of p_x where y is half
 # the size.
 WIDTHS = {
-    "vae-32": {"q_u": (64, 8), "p_y": (128, 6), "flow": (64, 5)},  # K = 0, as in vae.py
-    "vae-64": {"q_u": (64, 6), "p_y": (128, 5), "flow": (64, 5)},
-    "vae-small": {"q_u": (32, 2), "p_y": (32, 2), "flow": (16, 2)},
-    "released": {"q_u": (128, 3), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 4),
-                 "p_z from y": (64, 5), "p_z": (64, 3),
-                 "p_x from z": (64, 8), "z channels": 100, "p_x": (64, 5), "turn": (48, 4)},
+    "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
+    "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
+    "vae-small": dict(q_u=(32, 2), p_y=(32, 2), flow=(16, 2)),
+    "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
+                     p_z_from_y=(64, 5), p_z=(64, 3),
+                     p_x_from_z=(64, 8), z_channels=100, p_x=(64, 5), turn=(48, 4)),
     # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
-    "deeper": {"q_u": (128, 3), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 3),
-               "p_z from y": (48, 4), "p_z": (48, 3),
-               "p_x from z": (64, 6), "z channels": 100, "p_x": (16, 4), "turn": (24, 3)},
-    "full-size y": {"q_u": (64, 6), "p_y": (128, 4), "flow": (64, 5), "q_z": (64, 3),
-                    "p_z from y": (32, 3), "p_z": (48, 3),
-                    "p_x from z": (64, 6), "z channels": 100, "p_x": (16, 4)},
+    "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
+                   p_z_from_y=(48, 4), p_z=(48, 3),
+                   p_x_from_z=(64, 6), z_channels=100, p_x=(16, 4), turn=(24, 3)),
+    "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
+                        p_z_from_y=(32, 3), p_z=(48, 3),
+                        p_x_from_z=(64, 6), z_channels=100, p_x=(16, 4)),
     # About as many parameters as "vae-small".
-    "small": {"q_u": (16, 2), "p_y": (32, 2), "flow": (16, 2), "q_z": (16, 2),
-              "p_z from y": (16, 1), "p_z": (8, 1),
-              "p_x from z": (16, 2), "z channels": 8, "p_x": (8, 2), "turn": (12, 2)},
+    "small": dict(q_u=(16, 2), p_y=(32, 2), flow=(16, 2), q_z=(16, 2),
+                  p_z_from_y=(16, 1), p_z=(8, 1),
+                  p_x_from_z=(16, 2), z_channels=8, p_x=(8, 2), turn=(12, 2)),
 }
 
 
