@@ -1434,10 +1434,9 @@ def print_header(cfg, folder, model, images):
 
 
 def device_and_precision(cfg):
-    """-> "cpu, 1 thread, bf16" or the like."""
-    if cfg.device != "cpu":
-        return f"{cfg.device}, {cfg.dtype}"
-    return f"cpu, {torch.get_num_threads()} threads, {cfg.dtype}"
+    """-> "cpu, threads: 1, bf16" or the like."""
+    threads = f", threads: {torch.get_num_threads()}" if cfg.device == "cpu" else ""
+    return f"{cfg.device}{threads}, {cfg.dtype}"
 
 
 def sheet_title(cfg, images, split, step):
@@ -1461,19 +1460,20 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")) or (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval "
+                            "evaluates it, --name NAME starts another; without a last.pt, delete "
+                            "it")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if checkpoint:
-            theirs = checkpoint["state"].get("data", images.identity)
-            if theirs != images.identity:
-                raise UserError(f"this run's images were {theirs}; now they are {images.identity}, "
-                                "and some of its test images may be among those that it trained "
-                                "on: take another --name")
+            trained_on = checkpoint["state"].get("data", images.identity)
+            if trained_on != images.identity:
+                raise UserError(f"this run's images were {trained_on}; now they are "
+                                f"{images.identity}, and it may have been trained on some of its "
+                                "test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)

@@ -399,7 +399,6 @@ def train(cfg, model, images, folder, checkpoint):
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     f = parallel(cfg, model)
-    falls_after = (1 - cfg.cooldown) * total  # steps: the rate then falls to zero
 
     rows = []  # the terms of the steps since the last progress line
     saved = -math.inf  # when last.pt was
@@ -419,7 +418,7 @@ def train(cfg, model, images, folder, checkpoint):
         # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a
         # falling rate averages noise out. The numbers are ours; a tenth is reached at step 100,000.
         warmth = min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
-        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
+        cooling = min(1, (total + 1 - step) / (cfg.cooldown * total + 1))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = cfg.lr * warmth * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
@@ -801,10 +800,9 @@ def print_header(cfg, folder, model, images):
 
 
 def device_and_precision(cfg):
-    """-> "cpu, 1 thread, bf16" or the like."""
-    if cfg.device != "cpu":
-        return f"{cfg.device}, {cfg.dtype}"
-    return f"cpu, {torch.get_num_threads()} threads, {cfg.dtype}"
+    """-> "cpu, threads: 1, bf16" or the like."""
+    threads = f", threads: {torch.get_num_threads()}" if cfg.device == "cpu" else ""
+    return f"{cfg.device}{threads}, {cfg.dtype}"
 
 
 def sheet_title(cfg, images, split, step):
@@ -828,19 +826,20 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")) or (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval "
+                            "evaluates it, --name NAME starts another; without a last.pt, delete "
+                            "it")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if checkpoint:
-            theirs = checkpoint["state"].get("data", images.identity)
-            if theirs != images.identity:
-                raise UserError(f"this run's images were {theirs}; now they are {images.identity}, "
-                                "and some of its test images may be among those that it trained "
-                                "on: take another --name")
+            trained_on = checkpoint["state"].get("data", images.identity)
+            if trained_on != images.identity:
+                raise UserError(f"this run's images were {trained_on}; now they are "
+                                f"{images.identity}, and it may have been trained on some of its "
+                                "test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)

@@ -6,23 +6,27 @@ sketch. The model learns to draw y, and then x given y.
     representations    y_{K+1} = x, y_k = d(y_{k+1}) for k = K … 1, of 8 bits; --transform is d
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
-    bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u]
-                       re_y is -log p of y, and kl_z the KL of q(z|·) against p(z|·)
+    bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u],     k = 1 … K
+                       re is -log p of x or y, kl_z the KL of q(z|·) against p(z|·)
 
     python selfvae.py --small --steps 2000                   built-in shapes, minutes on a laptop
     python selfvae.py --dataset cifar10 --levels 1 --small   CIFAR-10 on a CPU
-    python selfvae.py --dataset cifar10 --levels 1           the paper's size, for a GPU: 3.65 bits
-                                                             per dimension in its Table 1
-    python selfvae.py --dataset imagenette --levels 2        64 -> 32 -> 16, "3-level" there: 3.70
-    python selfvae.py --dataset celeba --transform sketch    y a pencil sketch of x: 3.24
+    python selfvae.py --dataset cifar10 --levels 1           the paper's size, for a GPU
+    python selfvae.py --dataset imagenette --levels 2        64 -> 32 -> 16, "3-level" in the paper
+    python selfvae.py --dataset celeba --transform sketch    y a pencil sketch of x
 
-Paper: arXiv:2010.02014; "released" is the code of srVAE, its authors' predecessor of it.
+The last three have 3.65, 3.70 and 3.24 bits per dimension in the paper's Table 1; not run here.
+
+Paper: arXiv:2010.02014. Its code was not released; "released" is that of srVAE, an earlier model by
+the same authors. Equations without a number in the paper have one of ours, its section and a
+letter, as in (3.2g): docs/equations.md.
 Derivation, logged terms, differences from the paper: docs/selfvae.md. Results: docs/results.md.
 
-    B batch · C, H, W channels, height, width of x · D = C·H·W · K = --levels · S importance samples
-    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), on the 256 values of x
-    u = z_0, z_k (B, 16, 8, 8) latents · P = dmol_channels(C) mixture parameters per pixel
-    v (B, 16, 8, 8) the noise of p(u), N(0, 1); of a flow the base variable
+    B batch · C, H, W channels, height, width of x · D = C·H·W, `dims` in the code
+    K = --levels · S importance samples
+    x = y_{K+1} (B, C, H, W) image in [-1, 1] · y_k (B, C_k, H_k, W_k), on the same grid of values
+    u = z_0, z_k (B, 16, 8, 8) latents
+    v (B, 16, 8, 8) noise from N(0, 1) that p(u) turns into u = f(v)
 """
 
 import argparse
@@ -55,10 +59,11 @@ from common import (
 # ---- The model -----------------------------------------------------------------------------------
 
 class SelfVAE(nn.Module):
-    """The factors of K = cfg.levels levels, images being (C, H, W), H = W = 8 · 2ⁿ.
+    """The factors of K = cfg.levels levels, for images of shape (C, H, W), H = W = 8 · 2ⁿ.
 
-    q_u, p_u, p_y are those of u and y_1. The lists q_z, p_z, p_x have one for each level k = 1 … K,
-    which `levels` counts. With K = 0 it is a VAE: x is y_1, and p_y decodes it.
+    q_u, p_u and p_y are those of u and y_1. The lists q_z, p_z and p_x hold those of z_k, z_k and
+    y_{k+1} at index k - 1; `per_level` counts k. With K = 0 it is a VAE: x is y_1, and p_y decodes
+    it.
     """
 
     def __init__(self, cfg, image_shape):
@@ -66,19 +71,13 @@ class SelfVAE(nn.Module):
         self.K = cfg.levels
         self.latents = ["u", *(f"z_{k}" for k in range(1, self.K + 1))]  # item k is z_k, as z_0 = u
         self.y_names = {k: f"y_{k}" for k in range(1, self.K + 1)} | {self.K + 1: "x"}
-        self.d, most, interval = TRANSFORMS[cfg.transform]
+        self.d, coarse, interval = transformation(cfg)
         halvings(image_shape[1])  # UserError for a size that is not 8 · 2ⁿ
-        if cfg.exact and (self.K == 0 or interval is None):
-            raise UserError("--exact needs a y, so --levels 1 or more, and a d that leaves an "
-                            "interval for every value: downscale, grayscale or posterize")
-        if self.K and cfg.transform == "grayscale" and image_shape[0] == 1:
-            raise UserError("--transform grayscale leaves grey images as they are: take another")
-        if self.K > most:
-            raise UserError(f"--transform {cfg.transform} cannot be applied {self.K} times: "
-                            f"take --levels {most}")
-        y = self.representations(torch.zeros(1, *image_shape))  # of a grey image, for the shapes
+        y = self.representations(torch.zeros(1, *image_shape))  # of any image, for their shapes
         self.shapes = {k: y_k.shape[1:] for k, y_k in y.items()}  # (C_k, H_k, W_k)
         channels, side, _ = self.shapes[1]
+        if self.K and cfg.transform == "grayscale" and image_shape[0] == 1:
+            raise UserError("--transform grayscale leaves grey images as they are: take another")
         if self.K and side < 8:
             raise UserError(f"--levels {self.K} leaves y_1 {side} pixels a side, and 8 are the "
                             "least: take fewer")
@@ -98,26 +97,27 @@ class SelfVAE(nn.Module):
             next_shape = self.shapes[k + 1]
             self.q_z.append(GaussianEncoder(*next_shape[:2], *width["q_z"]))  # Eq. (3.2h)
             self.p_z.append(ConditionalPrior(y_shape, width))  # Eq. (3.2d)
-            if cfg.exact and next_shape[1] == 2 * y_shape[1]:
-                self.p_x.append(InTurnDecoder(y_shape, interval, width))  # Eq. (3.2e)
+            if interval and next_shape[1] == 2 * y_shape[1]:
+                p_x = InTurnDecoder(y_shape, interval, width)
             else:
-                self.p_x.append(ConditionalDecoder(y_shape, next_shape, interval, cfg.exact, width))
+                p_x = ConditionalDecoder(y_shape, next_shape, coarse, interval, width)  # Eq. (3.2e)
+            self.p_x.append(p_x)
 
     @property
-    def levels(self):
-        """k, q_z, p_z and p_x of each level, k = 1 … K, as the paper counts them."""
+    def per_level(self):
+        """k, q_z, p_z and p_x of every level, k = 1 … K."""
         return zip(range(1, self.K + 1), self.q_z, self.p_z, self.p_x)
 
     def initialize(self, x):
-        """Data-dependent initialisation from one batch x (B, C, H, W), B ≥ 1."""
+        """Data-dependent initialisation from one batch x (B, C, H, W)."""
         data_dependent_init(self, lambda: self.terms(x))
 
     def representations(self, x):
         """x -> {k: y_k}, k = 1 … K+1: the deterministic q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
 
-        Eq. (3.2f). y has 256 values, like x, so every p(y|·) is a probability and no density
-        (section 3.2); with a density there would be no bound. log q(y|·) is 0, so the KL of y in
-        Eq. (1) is -log p(y|u). And q(z|x, y) is q(z|x), as y follows from x.
+        Eq. (3.2f). Each value of y is one of 256, as in x, so every p(y|·) is a probability and no
+        density (section 3.2); with a density there would be no bound. log q(y|·) is 0, so the KL
+        of y in Eq. (1) is -log p(y|u). And q(z|x, y) is q(z|x), as y follows from x.
         """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
@@ -127,14 +127,15 @@ class SelfVAE(nn.Module):
     def terms(self, x):
         """The bound's terms, all costs, (B,) in nats: Eqs. (2), (A.4e), for K levels Eq. (3.4a).
 
-            kl_u                  log q(u|y_1) - log p(u): one sample's estimate, p(u) may be a flow
+            kl_u                  log q(u|y_1) - log p(u): of one sample, as p(u) may be a flow
             re_y_1                -log p(y_1|u): the reconstruction error, signed as in Table 1
             kl_z_k, k = 1 … K     KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
             re_y_{k+1}            -log p(y_{k+1}|y_k, z_k)
 
-        u and every z_k are one sample from q. y_{K+1} is x, whose error is named re_x.
-        NOTE(paper): Eq. (3.4a) prints the sum of KL(z_k) from k = 2; at K = 1 that would lose the
-        KL_z of Eq. (2).
+        u and every z_k are one sample from q. y_{K+1} is x, whose error is named re_x. The bound is
+        minus their sum.
+        NOTE(paper): Eq. (3.4a) prints the sum of KL(z_k) from k = 2, and so loses KL(z_1), at K = 1
+        the KL_z of Eq. (2).
         """
         y = self.representations(x)
         q_u = self.q_u(y[1])
@@ -142,7 +143,7 @@ class SelfVAE(nn.Module):
         terms = {"kl_u": q_u.log_prob(u) - self.p_u.log_prob(u)}
         terms[f"re_{self.y_names[1]}"] = -self.p_y(u).log_prob(y[1])
         z = u  # z_0
-        for k, q_z, p_z, p_x in self.levels:
+        for k, q_z, p_z, p_x in self.per_level:
             q = q_z(y[k + 1])
             p = p_z(y[k], z)
             z = q.rsample()
@@ -153,7 +154,10 @@ class SelfVAE(nn.Module):
     forward = terms  # what torch.compile and DistributedDataParallel call
 
     def elbo(self, x):
-        """One-sample estimate of the bound on log p(x), Eq. (2): (B, C, H, W) -> (B,) in nats."""
+        """One-sample estimate of the bound on log p(x), Eqs. (2), (3.4a).
+
+        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, by `terms`.
+        """
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
@@ -161,62 +165,62 @@ class SelfVAE(nn.Module):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y) -> (samples, B) in nats.
 
         x is (B, C, H, W); u_s and all z_s are one joint sample from q. E[log w] is the bound,
-        Eq. (2): its two parts are averaged in Eqs. (A.4a), (A.4b) and joined in Eqs. (1), (A.4c),
-        where log q(y|x) = 0. E[w] is p(x, y) at y = d(x), which is less than p(x), the sum over all
-        y, unless --exact lets no other y have this x: no number of samples closes that gap. x and
-        the y_k are encoded once; log w is minus what it costs to send all variables.
+        Eqs. (2), (3.4a): at K = 1 Eqs. (A.4a), (A.4b) average its two parts, and Eqs. (1), (A.4c)
+        join them. log w is minus what it costs to send all variables.
+        NOTE(paper): as S grows, log 1/S Σ w tends to log p(x, y) at y = d(x), not to log p(x), the
+        sum over all y. Only with --exact, if d reaches all 256 values, has no other y this x.
         """
-        known, q = self.infer(x, ["x"])
+        known, q = self.infer(x, ["x"])  # every y, and the q of every latent: encoded once
         log_w = []
         for _ in range(samples):
             for name in self.latents:
                 known[name] = q[name].sample()
-            _, p = self.decode(known, len(x))
+            _, p = self.decode(known, len(x))  # nothing is left to draw
             log_w.append(-code_length(known, q, p))
         return torch.stack(log_w)
 
     @torch.no_grad()
     def decode(self, known, n, temperature=1.0, mean=False):
-        """Top-down through the model: what is `known` is taken, all else drawn (section 3.3).
+        """What is `known` is taken, all else is drawn from p, from u to x (section 3.3).
 
-        `known` is {name: value}, by the names "u", "z_k", "y_k" and "x". -> {name: value} of all
-        variables, n of each, y_k and x on the pixel grid; and {name: p}, its factor given what
-        stands above it: p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and
-        every z_k. With `mean` every y_k and x is the mean of its factor, and what follows is
-        conditioned on that.
+        `known` is {name: value}, by the names "u", "z_1", …, "y_1", …, "x". -> {name: value} of all
+        variables, n of each, y_k and x on the pixel grid; and {name: p}, the factor given what
+        comes before it: p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and
+        every z_k. With `mean` every y_k and x that is not known is the mean of its factor, and what
+        follows is conditioned on that.
         """
-        def pixels(name, p):
-            if name in known:
-                return known[name]
-            return p.mean if mean else p.sample()
+        values = dict(known)
+        factors = {"u": self.p_u}
 
-        u = known.get("u")
-        if u is None:
+        def y_from(name, p):
+            factors[name] = p
+            if name not in known:
+                values[name] = p.mean if mean else p.sample()
+            return values[name]
+
+        if "u" not in known:
             v = torch.randn(n, *LATENT, device=next(self.parameters()).device)
-            u = self.p_u.from_noise(temperature * v)
-        name = self.y_names[1]
-        factors = {"u": self.p_u, name: self.p_y(u)}
-        y = pixels(name, factors[name])
-        values = {"u": u, name: y}
-        z = u  # z_0
-        for k, _, p_z, p_x in self.levels:
+            values["u"] = self.p_u.from_noise(temperature * v)
+        z = values["u"]  # z_0
+        y = y_from(self.y_names[1], self.p_y(z))
+        for k, _, p_z, p_x in self.per_level:
+            name = self.latents[k]
             p = p_z(y, z)
-            z = known.get(f"z_{k}")
-            if z is None:
-                z = p.mean + temperature * p.stddev * torch.randn_like(p.mean)
-            name = self.y_names[k + 1]
-            factors |= {f"z_{k}": p, name: p_x(y, z)}
-            y = pixels(name, factors[name])
-            values |= {f"z_{k}": z, name: y}
+            factors[name] = p
+            if name not in known:
+                values[name] = p.mean + temperature * p.stddev * torch.randn_like(p.mean)
+            z = values[name]
+            y = y_from(self.y_names[k + 1], p_x(y, z))
         return values, factors
 
     @torch.no_grad()
     def infer(self, x, sent):
         """What a receiver knows of x once the variables named in `sent` are sent.
 
-        Whoever has y_{k+1} computes y_k = d(y_{k+1}) and draws z_k ~ q(z_k|y_{k+1}), z_0 = u.
-        -> {name: value} of all that is known, by the names of `decode`; and {name: q}, the factors
-        that its latents are drawn from. ValueError for other names.
+        Whoever has y_{k+1} computes y_k = d(y_{k+1}) and may draw z_k ~ q(z_k|y_{k+1}), u for
+        k = 0. A latent in `sent` is the sender's draw from the same q. -> {name: value} of all that
+        is known, by the names of `decode`; and {name: q}, the factors of its latents. ValueError
+        for other names.
         """
         y = self.representations(x)
         unknown = set(sent) - {*self.latents, *self.y_names.values()}
@@ -225,8 +229,8 @@ class SelfVAE(nn.Module):
         encoders = [self.q_u, *self.q_z]  # item k is that of z_k
         known = {}
         factors = {}
-        has_y = False
-        for k in range(self.K, -1, -1):  # from z_K and y_{K+1} = x down to u and y_1
+        has_y = False  # whether the receiver has y_{k+1}
+        for k in range(self.K, -1, -1):  # from z_K and y_{K+1} = x back to u and y_1
             latent = self.latents[k]
             y_name = self.y_names[k + 1]
             has_y = has_y or y_name in sent
@@ -245,7 +249,7 @@ class SelfVAE(nn.Module):
         "latter"): conditional generation draws z_K from p, conditional reconstruction infers it.
         """
         K = self.K
-        if K == 0:  # without y, generation and reconstruction of a VAE are left
+        if K == 0:  # those of a VAE, Eqs. (3.3a), (3.3b), whose z is u
             return {"generate": [], "conditional_reconstruct": ["u"]}
         return {
             "generate": [],  # Eq. (3.3c)
@@ -255,19 +259,15 @@ class SelfVAE(nn.Module):
             "reconstruct_2": self.latents,  # Eq. (3.3g)
         }
 
-    def draw_x(self, known, n, temperature=1.0, mean=False):
-        """The x of a `decode` with these arguments: (n, C, H, W)."""
-        values, _ = self.decode(known, n, temperature, mean)
+    def sample(self, n, temperature=1.0, mean=False, known=None):
+        """Generation, Eq. (3.3c), or x given what is `known` -> (n, C, H, W); see `decode`."""
+        values, _ = self.decode(known or {}, n, temperature, mean)
         return values["x"]
 
-    def sample(self, n, temperature=1.0, mean=False):
-        """Generation, Eq. (3.3c) -> x (n, C, H, W) on the pixel grid; arguments as for `decode`."""
-        return self.draw_x({}, n, temperature, mean)
-
-    def reconstruct(self, x, mean=False, operation="conditional_reconstruct", temperature=1.0):
+    def reconstruct(self, x, operation="conditional_reconstruct", temperature=1.0, mean=False):
         """One of the `operations` on x: (B, C, H, W) -> x̂, same shape, on the pixel grid."""
         known, _ = self.infer(x, self.operations[operation])
-        return self.draw_x(known, len(x), temperature, mean)
+        return self.sample(len(x), temperature, mean, known)
 
     @torch.no_grad()
     def interpolate(self, x1, x2, count=8, mean=False, base=False):
@@ -280,13 +280,13 @@ class SelfVAE(nn.Module):
         start = self.q_u(self.representations(x1)[1]).mean
         end = self.q_u(self.representations(x2)[1]).mean
         if base:
-            start, _ = self.p_u.flow(start)
+            start, _ = self.p_u.flow(start)  # f⁻¹
             end, _ = self.p_u.flow(end)
         shares = [i / max(1, count - 1) for i in range(count)]  # of the way from x1 to x2
         u = torch.stack([torch.lerp(start, end, share) for share in shares], 1).flatten(0, 1)
         if base:
             u = self.p_u.from_noise(u)
-        images = self.draw_x({"u": u}, len(u), temperature=0.0, mean=mean)
+        images = self.sample(len(u), temperature=0.0, mean=mean, known={"u": u})
         return images.unflatten(0, (-1, count))
 
     @torch.no_grad()
@@ -298,43 +298,58 @@ class SelfVAE(nn.Module):
         """
         known, _ = self.infer(x, [name for name in self.latents if name not in redrawn])
         known = {name: value.repeat_interleave(n, 0) for name, value in known.items()}
-        images = self.draw_x(known, n * len(x), temperature, mean)
+        images = self.sample(n * len(x), temperature, mean, known)
         return images.unflatten(0, (-1, n))
 
 
-# ---- Special to this model -----------------------------------------------------------------------
-# First the transformation d: integers 0 … 255 (B, C, H, W) -> the same, so exact on every device.
+def code_length(known, q, p):
+    """What the `known` variables cost under the model: three dicts by name -> (B,) in nats.
 
-def downscale(y):
+    -log p of every y and, by relative entropy coding with noise that both sides share,
+    log q - log p of every latent, where p is given what the receiver has: sent, inferred or drawn.
+    """
+    nats = torch.zeros(())  # a scalar, if nothing is known
+    for name, value in known.items():
+        nats = nats - p[name].log_prob(value)
+        if name in q:
+            nats = nats + q[name].log_prob(value)
+    return nats
+
+
+# ---- Special to this model -----------------------------------------------------------------------
+# First the transformation d: integers 0 … 255 (B, C, H, W) -> integers 0 … 255 (B, C_y, h, w), so
+# exact on every device.
+
+def downscale(x):
     """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
 
     NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear
     filter, on the CPU.
     """
-    top = y[..., ::2, ::2] + y[..., ::2, 1::2]
-    bottom = y[..., 1::2, ::2] + y[..., 1::2, 1::2]
+    top = x[..., ::2, ::2] + x[..., ::2, 1::2]
+    bottom = x[..., 1::2, ::2] + x[..., 1::2, 1::2]
     return (top + bottom + 2) // 4
 
 
-def grayscale(y):
-    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up; grey y -> itself.
+def grayscale(x):
+    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up; grey x -> itself.
 
     (B, 3, H, W) -> (B, 1, H, W).
     """
-    if y.shape[1] == 1:
-        return y
-    return (299 * y[:, :1] + 587 * y[:, 1:2] + 114 * y[:, 2:] + 500) // 1000
+    if x.shape[1] == 1:
+        return x
+    return (299 * x[:, :1] + 587 * x[:, 1:2] + 114 * x[:, 2:] + 500) // 1000
 
 
-def shifted(y, dim, offset):
-    """Pixel i is pixel i + offset of y along `dim`; beyond the edge, the edge pixel."""
-    size = y.shape[dim]
-    index = torch.arange(size, device=y.device) + offset
-    return y.index_select(dim, index.clamp(0, size - 1))
+def shifted(x, dim, offset):
+    """Pixel i is pixel i + offset of x along `dim`; beyond the edge, the edge pixel."""
+    size = x.shape[dim]
+    index = torch.arange(size, device=x.device) + offset
+    return x.index_select(dim, index.clamp(0, size - 1))
 
 
-def sketch(y):
-    """Pencil sketch by colour dodge (A.6): grayscale over its own blur, so flat areas turn white.
+def sketch(x):
+    """Pencil sketch by colour dodge (A.6): grayscale divided by its blur, so flat areas are white.
 
     dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a
     Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
@@ -342,81 +357,68 @@ def sketch(y):
     algorithm. Here a and 255 - b are one larger than in the formula, so that black areas, where
     it has 0 / 0, turn white like all flat ones.
     """
-    a = grayscale(y)
+    a = grayscale(x)
     b = 255 - a
     for dim in (2, 3):
         blurred = 0
         for i in range(9):
             blurred = blurred + math.comb(8, i) * shifted(b, dim, i - 4)
         b = blurred
-    b = (b + 2**15) // 2**16  # the weights of each direction sum to 2⁸
+    b = (b + 2**15) // 2**16  # rounded: the weights of each direction sum to 2⁸
     return (255 * (a + 1) // (255 - b + 1)).clamp(max=255)
 
 
-def edges(y):
-    """Length of the gradient of the grayscale image, rounded, at most 255 -> (B, 1, H, W).
+def edges(x):
+    """Length of (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}) of the grayscale a, rounded, at most 255.
 
-    The gradient of a is (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}). Its length is the one float here,
-    and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
+    -> (B, 1, H, W). Ours: the paper's "edge detection" is its sketch. The length is the one float
+    here, and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
     integer below 256² is at least 4e-4 away from m + ½.
     """
-    a = grayscale(y)
+    a = grayscale(x)
     across = shifted(a, 3, 1) - shifted(a, 3, -1)
     down = shifted(a, 2, 1) - shifted(a, 2, -1)
     length = (across**2 + down**2).float().sqrt()
     return length.round().int().clamp(max=255)
 
 
-def posterize(y):
+def posterize(x):
     """The two high bits of each channel: 0, 85, 170 or 255. Shape as before."""
-    return y // 64 * 85
+    return x // 64 * 85
 
 
-# What d leaves of x: the lowest and the highest possible value of each channel of a pixel. All are
-# pixel values, int: y (B, C_y, h, w); `pixels`, those of its block that are known already; x
-# (B, C, h, w), the pixel itself, of which only the channels before are looked at, or None.
-
-def downscale_interval(y, pixels, x):
-    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    rest = 4 * y - sum(pixels)  # for this value and those to come
-    most_later = 255 * (3 - len(pixels))
-    low = rest - (2 + most_later)
-    high = rest + 1
-    return low.clamp(min=0), high.clamp(max=255)
-
-
-def grayscale_interval(y, pixels, x):
-    """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
-    weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:x.shape[1]]
-    known = (weights * x).cumsum(1) - weights * x  # what the channels before add to the sum
-    later = 1000 - weights.cumsum(0)  # the weights of the channels after
-    low = -((known + 255 * later + 500 - 1000 * y) // weights)  # rounded up
-    high = (1000 * y + 499 - known) // weights
-    return low.clamp(min=0), high.clamp(max=255)
-
-
-def posterize_interval(y, pixels, x):
-    """The 64 values with the same two high bits."""
-    low = y // 64 * 64  # d has 85 times as many, of the same high bits
-    return low, low + 63
-
-
-# --transform: d, the most --levels that make sense, and, if y is a coarse x, what d leaves of x.
+# --transform: d, the most --levels that make sense, whether y is a coarse x.
 TRANSFORMS = {
-    "downscale": (downscale, math.inf, downscale_interval),
-    "sketch": (sketch, 1, None),
-    "grayscale": (grayscale, 1, grayscale_interval),
-    "edges": (edges, 1, None),
-    "posterize": (posterize, 1, posterize_interval),
+    "downscale": (downscale, math.inf, True),
+    "sketch": (sketch, 1, False),
+    "grayscale": (grayscale, 1, True),
+    "edges": (edges, 1, False),
+    "posterize": (posterize, 1, True),
 }
 
 
-# The factors that are conditioned on y.
+def transformation(cfg):
+    """--transform -> d, whether y is a coarse x, and with --exact its function of INTERVALS.
+
+    UserError if d cannot be applied --levels times, or if --exact is not for it.
+    """
+    d, most_levels, coarse = TRANSFORMS[cfg.transform]
+    interval = INTERVALS.get(cfg.transform) if cfg.exact else None
+    if cfg.exact and (cfg.levels == 0 or interval is None):
+        raise UserError("--exact needs --levels 1 or more and --transform downscale, grayscale or "
+                        "posterize")
+    if cfg.levels > most_levels:
+        raise UserError(f"--transform {cfg.transform} cannot be applied {cfg.levels} times: "
+                        f"take --levels {most_levels}")
+    return d, coarse, interval
+
+
+# The factors that are conditioned on y. `width` is a row of WIDTHS.
 
 class ConditionalPrior(nn.Module):
     """p(z_k | y_k, z_{k-1}), a Gaussian over (16, 8, 8).
 
-    y_k is (B, *y_shape), z_{k-1} (B, 16, 8, 8). `width` is a row of WIDTHS.
+    y_k is (B, *y_shape), z_{k-1} (B, 16, 8, 8).
     """
 
     def __init__(self, y_shape, width):
@@ -435,18 +437,17 @@ class ConditionalPrior(nn.Module):
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, *y_shape), z_k (B, 16, 8, 8), y_{k+1} (B, *next_shape).
 
-    `interval` is that of TRANSFORMS. If `exact`, it restricts every value to what y_k leaves
-    possible. `width` is a row of WIDTHS.
-    NOTE(paper): where y_k is a simpler y_{k+1}, which an interval tells, the mixture is one of
-    y_{k+1} - upsample(y_k). The released code has no such shift, so its network must first learn to
-    copy its input. The number of parameters is the same.
+    With an `interval`, one of INTERVALS, values are restricted to what y_k leaves possible.
+    NOTE(paper): if y_k is `coarse`, the mixture is one of y_{k+1} - upsample(y_k). The paper names
+    no such shift, and the released code has none, so its network must first learn to copy its
+    input. The number of parameters is the same.
     """
 
-    def __init__(self, y_shape, next_shape, interval, exact, width):
+    def __init__(self, y_shape, next_shape, coarse, interval, width):
         super().__init__()
         self.c_out, self.side, _ = next_shape
-        self.shifts = interval is not None
-        self.interval = interval if exact else None
+        self.coarse = coarse
+        self.interval = interval
         self.from_z = Decoder(self.side, *width["p_x_from_z"], width["z_channels"], sd=1.0)
         self.joint = dense_blocks(width["z_channels"] + y_shape[0], *width["p_x"],
                                   dmol_channels(self.c_out), sd=0.1)
@@ -454,21 +455,54 @@ class ConditionalDecoder(nn.Module):
     def forward(self, y, z):
         enlarged_y = F.interpolate(y, size=(self.side, self.side), mode="bilinear")
         params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
-        shift = enlarged_y if self.shifts else None
+        shift = enlarged_y if self.coarse else None  # a grey y is that of all channels
         interval = None
-        if self.interval is not None:
+        if self.interval:
             interval = partial(self.interval, to_uint8(y).int(), [])
         return Dmol(params, self.c_out, shift, interval)
 
 
-# With --exact, where y_k has half the side: the pixels of 2x2 blocks in turn.
+# NOTE(paper): --exact is ours. In the paper pixels are independent given y_k and z_k, and most
+# images that are drawn have another d than y_k. So the bound pays for y_k twice, in its own term and
+# in that of y_{k+1}. With --exact only a y_{k+1} whose d is y_k has a probability.
+#
+# What y = d(x) leaves possible: the lowest and the highest value of each channel of one pixel. All
+# are pixel values, int: y (B, C_y, h, w); `pixels`, those of the same block that are drawn before;
+# `this` (B, C, h, w), the pixel itself, of which only the channels before are read, or None.
+
+def downscale_interval(y, pixels, this):
+    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
+    rest = 4 * y - sum(pixels)  # for this value and those to come
+    most_later = 255 * (3 - len(pixels))
+    low = rest - (2 + most_later)
+    high = rest + 1
+    return low.clamp(min=0), high.clamp(max=255)
+
+
+def grayscale_interval(y, pixels, this):
+    """1000y - 500 ≤ 299 R + 587 G + 114 B ≤ 1000y + 499; the channels to come are 0 … 255."""
+    weights = torch.tensor([299, 587, 114], device=y.device).view(3, 1, 1)[:this.shape[1]]
+    known = (weights * this).cumsum(1) - weights * this  # what the channels before add to the sum
+    later = 1000 - weights.cumsum(0)  # the weights of the channels after
+    low = -((known + 255 * later + 500 - 1000 * y) // weights)  # rounded up
+    high = (1000 * y + 499 - known) // weights
+    return low.clamp(min=0), high.clamp(max=255)
+
+
+def posterize_interval(y, pixels, this):
+    """The 64 values with the same two high bits."""
+    low = y // 64 * 64  # y = 85 b has the two high bits b, as 64 b has
+    return low, low + 63
+
+
+INTERVALS = {"downscale": downscale_interval, "grayscale": grayscale_interval,
+             "posterize": posterize_interval}
+
 
 class InTurnDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k), an InTurn: y_k (B, *y_shape), z_k (B, 16, 8, 8).
+    """p(y_{k+1}|y_k, z_k) where y_k has half the side, an InTurn: pixels of 2x2 blocks in turn.
 
-    All its networks compute at the side of y_k. `interval` is that of TRANSFORMS.
-    NOTE(paper): there the pixels are independent given y_k and z_k, and most images that are drawn
-    have a d other than y_k. So the bound pays for y_k, and in y_{k+1} for the same once more.
+    y_k is (B, *y_shape), z_k (B, 16, 8, 8). All its networks compute at the side of y_k.
     """
 
     def __init__(self, y_shape, interval, width):
@@ -477,9 +511,9 @@ class InTurnDecoder(nn.Module):
         self.interval = interval
         self.from_z = Decoder(side, *width["p_x_from_z"], width["z_channels"], sd=1.0)
         self.turns = nn.ModuleList()
-        for before in range(3):
-            # Features of z, y, four slopes, the errors of the pixels before.
-            c_in = width["z_channels"] + (5 + before) * channels
+        for drawn in range(3):
+            # Features of z, y, four offsets, the errors of the pixels that are drawn.
+            c_in = width["z_channels"] + (5 + drawn) * channels
             self.turns.append(dense_blocks(c_in, *width["turn"], dmol_channels(channels), sd=0.1))
 
     def forward(self, y, z):
@@ -491,22 +525,22 @@ class InTurn:
 
     The four pixels of a 2x2 block are drawn one after the other, each for all blocks at once:
     p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three are Dmols, restricted to what y
-    and the pixels before leave possible. After downscaling that leaves the fourth at most four
-    values, which are equally probable.
+    and the pixels before leave possible. That leaves the fourth at most four values, which are
+    equally probable.
     """
 
     def __init__(self, y, features, turns, interval):
         self.y = y  # (B, C, h, w)
         self.y_values = to_uint8(y).int()
-        self.features = features  # of z, (B, z_features, h, w)
+        self.features = features  # of z, (B, z_channels, h, w)
         self.turns = turns  # the networks
         self.interval = interval
         # A guess of x: y enlarged, then moved by a constant in each block, so that its mean is y.
         guess = F.interpolate(y, scale_factor=2, mode="bilinear")
         guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
         self.guess = pixels_of_blocks(guess)
-        # Differences are about a quarter as large as y: times four, all inputs are of one size.
-        self.slopes = [4 * (pixel - y) for pixel in self.guess]
+        # Differences are about a quarter as large as y: times four, all inputs are of one scale.
+        self.offsets = [4 * (pixel - y) for pixel in self.guess]
 
     def given(self, pixels):
         """p(x_i | y, z, x_1 … x_{i-1}): the factor of the pixel that comes after i - 1 `pixels`.
@@ -519,11 +553,12 @@ class InTurn:
         if to_come == 1:
             return Uniform(*interval(None))
         errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
-        # What the pixels before lack of the block's sum is divided among those to come.
+        # What the pixels before have above their guess is taken off those to come, in equal parts.
         shift = self.guess[len(pixels)] - sum(errors) / to_come
         errors = [4 * error for error in errors]
-        inputs = torch.cat([self.features, self.y, *self.slopes, *errors], 1)
-        # In this layout whatever that of the pixels is: it decides how a convolution rounds.
+        inputs = torch.cat([self.features, self.y, *self.offsets, *errors], 1)
+        # Always in one memory layout: it decides how a convolution rounds, and `sample` and
+        # `log_prob` must agree.
         params = self.turns[len(pixels)](inputs.contiguous(memory_format=torch.channels_last))
         return Dmol(params, self.y.shape[1], shift, interval)
 
@@ -544,9 +579,7 @@ class InTurn:
 
     @property
     def mean(self):
-        """Each pixel the mean of its factor given the means before -> (B, C, 2h, 2w).
-
-        Its d is y, too.
+        """Each pixel the mean of its factor given the means before; d of it is y -> (B, C, 2h, 2w).
         """
         pixels = []
         for _ in range(4):
@@ -593,10 +626,10 @@ def image_of_pixels(pixels):
 # ---- Networks ------------------------------------------------------------------------------------
 
 # Changed from vae.py: every factor has its own
-# (growth, layers) of the dense blocks of each factor. A factor given y and z has those that read y
-# or z alone, and those of its other networks. z_channels is what z becomes at the size of y.
-# turn, ours, is for each of the three networks that --exact has in place of p_x where y is half
-# the size.
+#
+# (growth, layers) of the dense blocks of each factor. p_z and p_x have one pair for the branch that
+# reads y or z alone, and one for their other networks. z_channels is what z becomes at the side of
+# y_{k+1}. turn is for each of the three networks that --exact has in place of p_x's joint one.
 WIDTHS = {
     "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
@@ -630,7 +663,7 @@ def widths(cfg, size, y_size):
 
 
 def dense_blocks(channels, growth, layers, c_out, sd=1.0):
-    """Three dense blocks, of this growth at any side, then a 1x1 conv.
+    """Three dense blocks, all of the same growth whatever the side, then a 1x1 conv.
 
     (B, channels, H, W) -> (B, c_out, H, W).
     """
@@ -646,7 +679,7 @@ def dense_blocks(channels, growth, layers, c_out, sd=1.0):
 
 # Changed from vae.py: what is sent, and the latent space
 def evaluate(cfg, model, images, folder, state):
-    """Evaluate the model on test images: a row of Table 1 or 2, printed and in results.json.
+    """Evaluate the model on test images: a row of Table 1, printed and in results.json.
 
     The figures are called test.png. `state` is that of the model's checkpoint.
     """
@@ -683,7 +716,8 @@ def rates(cfg, model, batches, dims):
     for operation, sent in model.operations.items():
         rows = []
         for i, x in enumerate(progress(operation, batches, batches.count)):
-            rows.append(rate(model, x, sent, dims, noise=(cfg.seed, i)))
+            seed_noise(cfg.seed, i)  # the same for every operation
+            rows.append(rate(model, x, sent, dims))
         table[operation] = {}
         for column in rows[0]:
             values = torch.cat([row[column] for row in rows])
@@ -691,56 +725,32 @@ def rates(cfg, model, batches, dims):
     return table
 
 
-def rate(model, x, sent, dims, noise):
+def rate(model, x, sent, dims):
     """What it costs to send `sent` of x, and how near the receiver comes -> {column: (B,)}.
 
         percent      number of values sent, in percent of D: the paper's measure
-        raw_bpd      bits per dimension of x at 8 bits a value (not counting a float for each
-                     latent, its largest value)
+        raw_bpd      bits per dimension of x at 8 bits a value
         ideal_bpd    `code_length` of all that the receiver then knows, in bits per dimension of x.
-                     For conditional_generate at K = 1 minus the bound on log p(y), Eq. (A.4d)
+                     At K = 1 that of conditional_generate is one sample of minus the bound on
+                     log p(y), Eq. (A.4d)
         psnr         of x̂, a sample, in dB; for generate, which sends nothing, a floor
-        psnr_8bit    the same where the latents sent are rounded to 8 bits
         psnr_mean    with the means of p(y|·) and p(x|·), unknown latents drawn anew
     """
-    seed_noise(*noise, "infer")
     known, q = model.infer(x, sent)
-    rounded = dict(known)
-    for name in sent:
-        if name in q:  # a latent; a y has 8 bits as it is
-            rounded[name] = eight_bits(known[name])
-    seed_noise(*noise, "decode")
     values, p = model.decode(known, len(x))
-    seed_noise(*noise, "decode")  # once more, so that psnr_8bit differs by the rounding alone
-    of_rounded = model.draw_x(rounded, len(x))
-    of_means = model.draw_x(known, len(x), mean=True)
+    of_means = model.sample(len(x), mean=True, known=known)
     share = sum(known[name][0].numel() for name in sent) / dims
     return {
         "percent": torch.full((len(x),), 100 * share),
         "raw_bpd": torch.full((len(x),), 8 * share),
         "ideal_bpd": bits_per_dim(code_length(known, q, p).expand(len(x)), dims),
         "psnr": psnr(values["x"], x),
-        "psnr_8bit": psnr(of_rounded, x),
         "psnr_mean": psnr(of_means, x),
     }
 
 
-def code_length(known, q, p):
-    """What the `known` variables cost under the model: three dicts by name -> (B,) in nats.
-
-    -log p of every y and, by relative entropy coding with noise that both sides share,
-    log q - log p of every latent. 0 where nothing is known.
-    """
-    nats = torch.zeros(())
-    for name, value in known.items():
-        nats = nats - p[name].log_prob(value)
-        if name in q:
-            nats = nats + q[name].log_prob(value)
-    return nats
-
-
 def bicubic_psnr(model, batches):
-    """PSNR in dB of y_K enlarged without a model: what conditional_generate is held against."""
+    """PSNR in dB of `bicubic` on y_K."""
     psnrs = []
     for x in batches:
         y = model.representations(x)[model.K]
@@ -748,17 +758,8 @@ def bicubic_psnr(model, batches):
     return torch.cat(psnrs).mean().item()
 
 
-def eight_bits(z):
-    """Latents rounded to 256 values, evenly spaced between ± the largest of their image.
-
-    (B, 16, 8, 8) -> same shape.
-    """
-    largest = z.abs().amax((1, 2, 3), keepdim=True)
-    return largest * quantize(z / largest)
-
-
 def bicubic(y, x):
-    """y at the size of x, on the pixel grid: what super-resolution is held against."""
+    """y at the size of x, on the pixel grid: what conditional_generate is held against."""
     return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic"))
 
 
@@ -792,21 +793,21 @@ def save_figures(cfg, model, images, folder, split, step):
     save_sheet(folder / "samples" / name, title + temperature, samples)
     if K == 0:
         save_sheet(folder / "reconstructions" / name, title,
-                   {"x": x, "x̂": model.reconstruct(x, cfg.mean)})
+                   {"x": x, "x̂": model.reconstruct(x, mean=cfg.mean)})
         return
 
     y = model.representations(x)[K]
     rows = {"x": x, f"y_{K}": enlarged(y, x)}
+    x_hats = {}
     for operation, abbreviation in ABBREVIATIONS.items():
-        x_hat = model.reconstruct(x, cfg.mean, operation, cfg.temperature)
-        rows[f"{abbreviation}: x̂ from {', '.join(model.operations[operation])}"] = x_hat
-        if operation == "conditional_generate":
-            from_y = x_hat
+        sent = ", ".join(model.operations[operation])
+        x_hats[operation] = model.reconstruct(x, operation, cfg.temperature, cfg.mean)
+        rows[f"{abbreviation}: x̂ from {sent}"] = x_hats[operation]
     save_sheet(folder / "reconstructions" / name, title + temperature, rows)
     if cfg.transform == "downscale":
         save_sheet(folder / "superresolution" / name, title + temperature, {
-            f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x), f"CG: x̂ from y_{K}": from_y,
-            "x": x})
+            f"y_{K}": enlarged(y, x), "bicubic": bicubic(y, x),
+            f"CG: x̂ from y_{K}": x_hats["conditional_generate"], "x": x})
 
 
 def how_drawn(cfg, model):
@@ -822,7 +823,7 @@ def save_latent_space(cfg, model, images, folder, step):
                            flow prior the same in v
         variations/        rows, each an image and 7 that share a u ~ q(u|y_1) with it, every y
                            drawn anew. In one set of rows all z_k are drawn anew, too; for K > 1
-                           there is a set for each k, in which only z_k is
+                           there is a set for each k, in which only z_k is drawn anew
     """
     x = next(iter(Batches(images.test, 8, cfg.device, count=8)))
     title = f"{sheet_title(cfg, images, 'test', step)}\n{how_drawn(cfg, model)}"
@@ -1192,7 +1193,6 @@ def train(cfg, model, images, folder, checkpoint):
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
     costs = parallel(cfg, model)  # model.terms, for training
-    falls_after = (1 - cfg.cooldown) * total  # steps: the rate then falls to zero
 
     rows = []  # the terms of the steps since the last progress line
     saved = -math.inf  # when last.pt was
@@ -1208,7 +1208,7 @@ def train(cfg, model, images, folder, checkpoint):
         loss.backward()
         floor = min(cfg.lr, 1e-4)
         rate = max(cfg.lr * 0.999999**step, floor)  # as released
-        cooling = min(1, (total + 1 - step) / (total + 1 - falls_after))  # 1 without --cooldown
+        cooling = min(1, (total + 1 - step) / (cfg.cooldown * total + 1))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = rate * cooling
         optimizer.step()
         rows.append({name: values.detach().mean() for name, values in terms.items()})
@@ -1285,7 +1285,7 @@ class Config:
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
     exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives no probability to a y_{k+1} whose d is "
-                       "not y_k", fixed=True)
+                       "not y_k (posterize: of those y_k that d returns)", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
@@ -1327,6 +1327,7 @@ class Config:
 
     def check(self):
         """Raise UserError for flags of which no model can be made, before anything is written."""
+        transformation(self)
         if self.size is not None:
             halvings(self.size)
 
@@ -1478,10 +1479,9 @@ def print_header(cfg, folder, model, images):
 
 
 def device_and_precision(cfg):
-    """-> "cpu, 1 thread, bf16" or the like."""
-    if cfg.device != "cpu":
-        return f"{cfg.device}, {cfg.dtype}"
-    return f"cpu, {torch.get_num_threads()} threads, {cfg.dtype}"
+    """-> "cpu, threads: 1, bf16" or the like."""
+    threads = f", threads: {torch.get_num_threads()}" if cfg.device == "cpu" else ""
+    return f"{cfg.device}{threads}, {cfg.dtype}"
 
 
 def sheet_title(cfg, images, split, step):
@@ -1505,19 +1505,20 @@ def main(Model, argv=None):
             checkpoint = load_checkpoint(folder, best=cfg.eval)
             cfg = parse_flags(argv, checkpoint["config"])
         elif any(folder.glob("*.pt")) or (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a run: --resume goes on with it, --eval evaluates it, "
-                            "--name NAME starts another")
+            raise UserError(f"{folder} holds a run: --resume goes on with its last.pt, --eval "
+                            "evaluates it, --name NAME starts another; without a last.pt, delete "
+                            "it")
         cfg.check()
         choose_device(cfg)
         images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
         torch.manual_seed(cfg.seed)
         model = Model(cfg, images.shape).to(cfg.device, memory_format=torch.channels_last)
         if checkpoint:
-            theirs = checkpoint["state"].get("data", images.identity)
-            if theirs != images.identity:
-                raise UserError(f"this run's images were {theirs}; now they are {images.identity}, "
-                                "and some of its test images may be among those that it trained "
-                                "on: take another --name")
+            trained_on = checkpoint["state"].get("data", images.identity)
+            if trained_on != images.identity:
+                raise UserError(f"this run's images were {trained_on}; now they are "
+                                f"{images.identity}, and it may have been trained on some of its "
+                                "test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
