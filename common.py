@@ -114,6 +114,8 @@ class Images:
 
     @property
     def identity(self):
+        """What a run remembers of its images, to recognise them wherever they are kept: a string.
+        """
         n_train = len(self.train) + len(self.valid)
         return f"{n_train} for training, {len(self.test)} for the test ({self.key})"
 
@@ -130,47 +132,46 @@ def load_images(name, data_dir, size=None):
     if name in POINTS:
         return load_points(name)
     data_dir = Path(data_dir)
-    folder = None
-    title = name
-    key = name
-    if name not in DATASETS:
+    if name in DATASETS:
+        side, pictures_of = DATASETS[name]
+        title = name
+        key = name
+        place = name
+    else:
         folder = Path(os.path.expanduser(name))
         if not name or not folder.is_dir():
             known = ", ".join([*DATASETS, *POINTS])
             raise UserError(f"dataset {name!r} is neither one of {known}, nor a folder of images")
+        side, pictures_of = 64, functools.partial(_folder, folder)
         title = folder.resolve().name
         key = _folder_key(folder, data_dir)
-    default_size, splits_of = DATASETS.get(name, (64, functools.partial(_folder_splits, folder)))
-    size = size or default_size
-    if size < 8:
-        raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
-    place = data_dir / (name if folder is None else f"{title}-{key}")
-    stored = place.with_name(f"{place.name}-{size}")
+        place = f"{title}-{key}"
+    size = size or side
+    stored = data_dir / f"{place}-{size}"
     if processes()[0] == 0 and not stored.is_dir():
-        with _locked(place.with_name(f"{place.name}.lock")):
+        print(f"preparing {_printable(stored)} (once, by one process at a time)", flush=True)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(data_dir):
             if not stored.is_dir():  # else another process has made it meanwhile
-                print(f"preparing {_printable(stored)} (once)", flush=True)
-                splits = splits_of(data_dir, size)
+                splits = {}
+                for split in ("train", "test"):
+                    splits[split] = pictures_of(data_dir, size, split)
                 _require_whole(name, splits, data_dir)
-                _store(stored, splits)
+                _store(stored, splits, size, BOXES.get(name))
     barrier()
 
-    train = _open_images(stored / "train.npy", size, at_least=2)  # one of them becomes validation
-    test = _open_images(stored / "test.npy", size, at_least=1)
-    if train.shape[3] != test.shape[3]:
-        raise UserError(f"the images of {stored} have {train.shape[3]} channels in train.npy, "
-                        f"{test.shape[3]} in test.npy")
+    train, test = _open_images(stored, size)
     order = np.random.default_rng(0).permutation(len(train))
     n_valid = max(1, round(VALID_SHARE * len(train)))
     valid_index = np.sort(order[:n_valid])
     train_index = np.sort(order[n_valid:])
     labels = None
     if (stored / "train-labels.npy").exists():
-        of_train = _open_labels(stored / "train-labels.npy", len(train))
-        of_test = _open_labels(stored / "test-labels.npy", len(test))
+        of_train = _open(stored / "train-labels.npy", len(train))
+        of_test = _open(stored / "test-labels.npy", len(test))
         labels = {"train": of_train[train_index], "valid": of_train[valid_index], "test": of_test}
     # A flipped digit is no digit, and the selfVAE paper leaves CelebA as it is (A.5).
-    augment = folder is not None or name not in ("mnist", "celeba")
+    augment = name not in ("mnist", "celeba")
     return Images(_printable(title), size, Subset(train, train_index), Subset(train, valid_index),
                   test, labels, augment, key)
 
@@ -185,295 +186,129 @@ def _reason(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-@contextlib.contextmanager
-def _locked(path):
-    """Hold the lock file `path`: one process at a time, the others wait.
+def _open(path, rows=None):
+    """Memory-map a .npy file, uint8 (N, …), of `rows` rows if given. UserError for any other."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of a damaged file numpy raises many kinds
+        raise UserError(f"cannot read {path} ({_reason(error)}); "
+                        "delete its folder to remake it") from None
+    if array.dtype != np.uint8 or array.ndim == 0 or rows not in (None, len(array)):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8, with a row "
+                        "for each image")
+    return array
 
-    The lock ends with its process, however that ends. Where there are no such locks, as on Windows,
-    nobody waits.
+
+def _open_images(folder, size):
+    """Memory-map train.npy and test.npy. UserError if they are no images of this size."""
+    train = _open(folder / "train.npy")
+    test = _open(folder / "test.npy")
+    fits = train.shape[1:] in ((size, size, 1), (size, size, 3)) and len(train) >= 2
+    if not fits or test.shape[1:] != train.shape[1:]:
+        raise UserError(f"{folder} holds images {train.shape} in train.npy, {test.shape} in "
+                        f"test.npy; they should be (N, {size}, {size}, 1 or 3) in both, "
+                        "two or more to train")
+    return train, test
+
+
+# ---- Datasets: preparing one, once ---------------------------------------------------------------
+
+@contextlib.contextmanager
+def _locked(folder):
+    """One process at a time holds the folder, the others wait. The lock ends with its process.
+
+    Where there are no such locks, as on Windows, nobody waits.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not fcntl:
         yield
         return
-    while True:
-        with open(path, "a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("waiting for another process that is preparing the same data", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
-            if os.fstat(file.fileno()).st_nlink == 0:
-                continue  # removed while we waited: a lock on it keeps nobody out
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _open(path):
-    """Memory-map a .npy file. UserError if it cannot be read."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # of a damaged file numpy raises many kinds
-        raise UserError(f"cannot read {_printable(path)} ({_reason(error)}); "
-                        "delete its folder to remake it") from None
-
-
-def _open_images(path, size, at_least):
-    """Memory-map images, uint8 (N, size, size, C), grey or RGB. UserError for any other array."""
-    array = _open(path)
-    fits = array.ndim == 4 and array.shape[1:3] == (size, size) and array.shape[3] in (1, 3)
-    if array.dtype != np.uint8 or not fits or len(array) < at_least:
-        raise UserError(f"{_printable(path)} holds {array.dtype} {array.shape}; it should be uint8 "
-                        f"(N, {size}, {size}, 1 or 3) of N >= {at_least} images")
-    return array
-
-
-def _open_labels(path, count):
-    """Memory-map the labels of `count` images, uint8 (count,) or (count, columns)."""
-    array = _open(path)
-    if array.dtype != np.uint8 or array.ndim not in (1, 2) or len(array) != count:
-        raise UserError(f"{_printable(path)} holds {array.dtype} {array.shape}; it should be "
-                        f"uint8, a row for each of the {count} images")
-    return array
-
-
-def _store(folder, splits):
-    """Write {split: (images, labels or None)} as .npy files, whole or not at all.
-
-    They are written aside and renamed at the end. An interrupted call leaves what it has made, and
-    the next one goes on from there. `images` have a shape and answer images[i]; of those that
-    raise UserError the first ten are named in one UserError at the end.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(exist_ok=True)
-    broken = []
-    for split, (images, labels) in splits.items():
-        _store_images(partial, split, images, broken)
-        if labels is not None:
-            labels = np.asarray(labels, np.uint8)
-            _new_array(partial / f"{split}-labels.npy", labels.shape)[:] = labels
-    if broken:  # they will be replaced or removed: positions mean other images then
-        shutil.rmtree(partial)
-        named = sorted(broken)[:10]
-        if len(broken) > 10:
-            named.append("…")
-        raise UserError(f"cannot read {len(broken):,} of the images: "
-                        f"{_printable('; '.join(named))}")
-    for note in partial.glob("*.done"):
-        note.unlink()
-    os.replace(partial, folder)
-
-
-def _store_images(folder, split, images, broken):
-    """Write `images` to {split}.npy; {split}.done says how many of them are there.
-
-    Every half minute that number is noted, and printed with the time that is left. What UserErrors
-    say is appended to the list `broken`; images from the first of them on are not noted as there.
-    """
-    path = folder / f"{split}.npy"
-    note = folder / f"{split}.done"
-    count = images.shape[0]
-    first = _noted(path, note, images.shape)
-    if first:
-        array = np.lib.format.open_memmap(path, "r+")
-    else:
-        note.unlink(missing_ok=True)  # it counts what was in an older file
-        array = _new_array(path, images.shape)
-
-    def take_note(done):
-        array.flush()
-        aside = note.with_suffix(".tmp")
-        aside.write_text(str(done), encoding="utf-8")
-        os.replace(aside, note)
-
-    began = time.perf_counter()
-    noted = began
-    whole = first
-    try:
-        for i in range(first, count):
-            try:
-                array[i] = images[i]
-            except UserError as error:
-                broken.append(str(error))
-            if not broken:
-                whole = i + 1
-            now = time.perf_counter()
-            if now > noted + 30:
-                take_note(whole)
-                noted = now
-                done = i + 1
-                left = (now - began) / (done - first) * (count - done)
-                print(f"{done:,} of {count:,} {split} images, {clock(left)} left", flush=True)
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        take_note(whole)
-
-
-def _noted(path, note, shape):
-    """How many images an interrupted call left in `path`: 0 unless all is as that call makes it."""
-    try:
-        done = int(note.read_text(encoding="utf-8"))
-        array = _open(path)
-    except (OSError, ValueError, UserError):  # none, or a crash has cut them off
-        return 0
-    if array.shape != shape or array.dtype != np.uint8 or not 0 <= done <= shape[0]:
-        return 0  # the source has got other images since, or the note is damaged
-    return done
-
-
-def _new_array(path, shape):
-    """Make a .npy file of zeros, uint8, mapped into memory.
-
-    OSError if the disk has no space for it: later the operating system would kill the process.
-    """
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    return array
-
-
-class Made:
-    """Images of `shape`, (N, H, W, C), each made by `make(i)` when it is asked for."""
-
-    def __init__(self, make, shape):
-        self.make = make
-        self.shape = shape
-
-    def __getitem__(self, i):
-        return self.make(i)
-
-
-def _square(image, size):
-    """PIL image -> (size, size, C) uint8: cropped to a square at the centre, Lanczos."""
-    image = TF.center_crop(image, min(image.size))
-    image = TF.resize(image, [size, size], InterpolationMode.LANCZOS)
-    return np.asarray(image).reshape(size, size, -1)
-
-
-def _resized(array, size):
-    """(N, H, W) or (N, H, W, C) uint8 -> images (size, size, C); the right size is kept."""
-    def image(i):
-        if array.shape[1] == size:
-            return array[i].reshape(size, size, -1)
-        return _square(TF.to_pil_image(array[i]), size)
-
-    channels = 1 if array.ndim == 3 else array.shape[3]
-    return Made(image, (len(array), size, size, channels))
-
-
-def _download(dataset, **arguments):
-    """A torchvision dataset, downloaded where it is missing. UserError if that fails."""
-    name = dataset.__name__
-    try:
-        return dataset(download=True, **arguments)
-    except Exception as error:  # the network, archives and helpers each raise their own kinds
-        raise UserError(f"downloading {name} to {arguments['root']}, or reading it there, failed: "
-                        f"{_reason(error)}") from None
+        os.close(descriptor)
 
 
 def _require_whole(name, splits, data_dir):
     """UserError if a dataset of COUNTS has other counts, as where unpacking was interrupted."""
     if name in COUNTS:
-        *expected, folder = COUNTS[name]
-        found = [images.shape[0] for images, _ in splits.values()]
+        *expected, source = COUNTS[name]
+        found = [len(pictures) for pictures, _ in splits.values()]
         if found != expected:
             raise UserError(f"{name} has {found[0]:,} training and {found[1]:,} test images here; "
                             f"{expected[0]:,} and {expected[1]:,} are expected. Delete "
-                            f"{data_dir / folder} and start again")
+                            f"{data_dir / source} and start again")
 
 
-def _mnist_splits(data_dir, size):
-    """Zero-padded to 32, else resized."""
-    splits = {}
-    for split in ("train", "test"):
-        data = _download(torchvision.datasets.MNIST, root=data_dir / "downloads",
-                         train=split == "train")
-        images = data.data.numpy()
-        if size == 32:
-            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-        splits[split] = _resized(images, size), data.targets
-    return splits
+def _store(folder, splits, size, box):
+    """Write {split: (pictures, labels or None)} as .npy files, whole or not at all.
 
-
-def _cifar10_splits(data_dir, size):
-    splits = {}
-    for split in ("train", "test"):
-        data = _download(torchvision.datasets.CIFAR10, root=data_dir / "downloads",
-                         train=split == "train")
-        splits[split] = _resized(data.data, size), data.targets
-    return splits
-
-
-def _stl10_splits(data_dir, size):
-    """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
-    splits = {}
-    for split, parts in (("train", "train+unlabeled"), ("test", "test")):
-        data = _download(torchvision.datasets.STL10, root=data_dir / "downloads", split=parts)
-        images = data.data.transpose(0, 2, 3, 1)
-        splits[split] = _resized(images, size), None
-    return splits
-
-
-def _imagenette_splits(data_dir, size):
-    """Its validation split is the test set."""
-    splits = {}
-    for split, part in (("train", "train"), ("test", "val")):
-        data = _download(torchvision.datasets.Imagenette, root=data_dir / "downloads",
-                         split=part, size="160px")
-        paths = [path for path, _ in data._samples]
-        labels = [label for _, label in data._samples]
-        splits[split] = _squares(paths, size), labels
-    return splits
-
-
-def _celeba_splits(data_dir, size):
-    """Official train and test splits, labelled by the 40 attributes.
-
-    Crop top 40, left 15, side 148 (selfVAE paper, A.5).
+    They are written aside and renamed at the end. UserError that names up to ten broken pictures.
     """
-    splits = {}
-    for split in ("train", "test"):
-        try:
-            data = _download(torchvision.datasets.CelebA, root=data_dir, split=split)
-        except UserError as error:
-            raise UserError(
-                f"{error}. By hand: put the five list_*.txt and identity_CelebA.txt of its page, "
-                f"and img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}") from None
-        paths = [data_dir / "celeba" / "img_align_celeba" / file for file in data.filename]
-        paths = [path for path in paths if path.is_file()]  # all of them, or `_require_whole` ends
-        splits[split] = _squares(paths, size, 40, 15, 148, 148), data.attr
-    return splits
+    partial = folder.with_name(f"{folder.name}.partial")
+    if partial.exists():  # left by a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    broken = []
+    try:
+        for split, (pictures, labels) in splits.items():
+            broken += _write(partial / f"{split}.npy", pictures, size, box)
+            if labels is not None:
+                np.save(partial / f"{split}-labels.npy", np.asarray(labels, np.uint8))
+        if broken:
+            named = "; ".join(sorted(broken)[:10])
+            raise UserError(f"cannot read {len(broken):,} of the images: {named}")
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is there after an error or Ctrl-C
 
 
-def _celebahq_splits(data_dir, size):
-    """Of {data_dir}/celebahq's 30,000 images the last 1,000 by name are test (DC-VAE, Table 8).
+def _write(path, pictures, size, box):
+    """Write pictures as images to a .npy file -> what the broken ones raised, a list of str.
 
-    The paper does not say which 1,000. Where there are not 30,000 it is one in 30.
+    A line every half minute says how long it takes.
     """
-    paths = _images_of(data_dir, "celebahq", "CelebA-HQ: the 30,000 images")
-    n_test = max(1, len(paths) // 30)
-    return {"train": (_squares(paths[:-n_test], size), None),
-            "test": (_squares(paths[-n_test:], size), None)}
+    count = len(pictures)
+    grey = isinstance(pictures, np.ndarray) and pictures.ndim == 3
+    shape = (count, size, size, 1 if grey else 3)
+    if math.prod(shape) > shutil.disk_usage(path.parent).free:
+        raise UserError(f"the disk has no {math.prod(shape) / 1e9:.1f} GB left for {path}")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    broken = []
+    began = time.perf_counter()
+    told = began
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for i in range(count):
+            try:
+                file.write(_square(pictures[i], size, box).tobytes())
+            except UserError as error:
+                broken.append(str(error))
+            now = time.perf_counter()
+            if now > told + 30:
+                told = now
+                left = (now - began) / (i + 1) * (count - i - 1)
+                print(f"{i + 1:,} of {count:,} {path.stem} images, {clock(left)} left", flush=True)
+    return broken
 
 
-def _lsun_splits(data_dir, size):
-    """Bedrooms in {data_dir}/lsun, split as any folder."""
-    _images_of(data_dir, "lsun", "LSUN: the bedrooms, exported from its lmdb as JPEG files,")
-    return _folder_splits(data_dir / "lsun", data_dir, size)
+def _square(picture, size, box=None):
+    """A picture -> uint8 (size, size, C): cropped to a square at the centre, Lanczos.
 
-
-def _images_of(data_dir, name, what):
-    """The files of a dataset that nobody may pass on. UserError that says what belongs there."""
-    folder = data_dir / name
-    paths = _image_files(folder, data_dir)
-    if len(paths) < 10:
-        raise UserError(f"{what} belong into {folder}, which holds {len(paths)} images")
-    return paths
+    It is a file, of which the `box` (top, left, height, width) is cut out if given, or an array,
+    uint8 (H, W) or (H, W, 3).
+    """
+    if isinstance(picture, np.ndarray):
+        image = TF.to_pil_image(picture)
+    else:
+        image = _read(picture)
+    if box:
+        image = TF.crop(image, *box)
+    image = TF.center_crop(image, min(image.size))
+    image = TF.resize(image, [size, size], InterpolationMode.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1)
 
 
 def _read(path):
@@ -484,10 +319,8 @@ def _read(path):
     """
     try:
         with Image.open(path) as image:
-            try:
+            with contextlib.suppress(Exception):  # a damaged EXIF block: the picture may be whole
                 ImageOps.exif_transpose(image, in_place=True)
-            except Exception:  # a damaged EXIF block: the picture itself may be whole
-                pass
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
                 raise ValueError("its white level is unknown: save it with 8 or 16 bits")
             if image.mode.startswith("I"):
@@ -497,17 +330,18 @@ def _read(path):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError(f"{path} (no image of a known kind)") from None
     except Exception as error:  # each decoder raises kinds of its own
         raise UserError(f"{path} ({_reason(error)})") from None
 
 
-def _image_files(folder, data_dir):
+# ---- Datasets: folders of images -----------------------------------------------------------------
+
+def _image_files(folder, data_dir, least):
     """All image files below the folder, in alphabetical order; links are followed.
 
     Left out are hidden names, what other systems keep in @eaDir and __MACOSX, and, where they lie
-    below the folder, runs of these scripts, data_dir and its downloads.
+    below the folder, runs of these scripts, data_dir and its downloads. UserError if there are
+    fewer than `least`.
     """
     files = []
     seen = {data_dir.resolve(), (data_dir / "downloads").resolve()} - {folder.resolve()}
@@ -517,36 +351,36 @@ def _image_files(folder, data_dir):
             folders.clear()  # so that os.walk goes no deeper, nor in circles
             continue
         seen.add(real)
-        folders.sort()  # of two links to one folder always the same is followed
-        for name in list(folders):
-            if name.startswith(".") or name in ("@eaDir", "__MACOSX"):
-                folders.remove(name)
+        # Sorted, as of two links to one folder always the same is to be followed.
+        folders[:] = [name for name in sorted(folders) if not _hidden(name)]
         for name in names:
             path = Path(place, name)
-            if path.suffix.lower() in IMG_EXTENSIONS and name[0] != "." and path.is_file():
+            if path.suffix.lower() in IMG_EXTENSIONS and not _hidden(name) and path.is_file():
                 files.append(path)
+    if len(files) < least:
+        raise UserError(f"the folder {folder} holds {len(files)} images "
+                        f"({', '.join(IMG_EXTENSIONS)}); at least {least} are needed")
     return sorted(files)
+
+
+def _hidden(name):
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
 def _folder_key(folder, data_dir):
     """A checksum of the images' paths below `folder`, their sizes, and 256 bytes of each."""
-    files = _image_files(folder, data_dir)
-    if len(files) < 10:
-        kinds = ", ".join(IMG_EXTENSIONS)
-        raise UserError(f"the folder {_printable(folder)} holds {len(files)} images ({kinds}); "
-                        "at least 10 are needed")
     checksum = 0
-    for path in files:
+    for path in _image_files(folder, data_dir, least=10):
         size = path.stat().st_size
         facts = f"{path.relative_to(folder).as_posix()}\n{size}\n"
-        checksum = zlib.crc32(facts.encode(errors="backslashreplace"), checksum)
+        checksum = zlib.crc32(_printable(facts).encode(), checksum)
         with open(path, "rb") as file:
             file.seek(size // 2)
             checksum = zlib.crc32(file.read(256), checksum)
     return f"{checksum:08x}"
 
 
-def _folder_splits(folder, data_dir, size):
+def _folder(folder, data_dir, size, split):
     """Its subfolders train/ and test/, else every tenth image, in a fixed random order, is test.
 
     In place of a test/ that is missing there may be val/, valid/ or validation/.
@@ -554,44 +388,95 @@ def _folder_splits(folder, data_dir, size):
     parts = ("test", "val", "valid", "validation")
     held_out = [part for part in parts if (folder / part).is_dir()]
     if (folder / "train").is_dir() and held_out:
-        if held_out[0] != "test":
-            print(f"{_printable(folder)} has no test/: its {held_out[0]}/ is the test set",
-                  flush=True)
-        files = {}
-        for split, part in (("train", "train"), ("test", held_out[0])):
-            paths = _image_files(folder / part, data_dir)
-            if len(paths) < 2:
-                raise UserError(f"the folder {_printable(folder / part)} holds {len(paths)} "
-                                "images; at least 2 are needed")
-            files[split] = paths
+        part = held_out[0] if split == "test" else "train"
+        paths = _image_files(folder / part, data_dir, least=2)
     else:
-        paths = _image_files(folder, data_dir)
-        order = np.random.default_rng(0).permutation(len(paths))
-        shuffled = [paths[i] for i in order]
-        n_test = len(paths) // 10
-        files = {"train": shuffled[n_test:], "test": shuffled[:n_test]}
-    splits = {}
-    for split, paths in files.items():
-        splits[split] = _squares(paths, size), None
-    return splits
+        files = _image_files(folder, data_dir, least=10)
+        order = np.random.default_rng(0).permutation(len(files))
+        n_test = len(files) // 10
+        order = order[:n_test] if split == "test" else order[n_test:]
+        paths = [files[i] for i in order]
+    return paths, None
 
 
-def _squares(paths, size, *box):
-    """Image files -> images (size, size, 3) uint8; of a `box`, (top, left, height, width), if any.
+# ---- Datasets: those that have a name ------------------------------------------------------------
+# Each has a function (data_dir, size, split) -> pictures, labels or None. The split is "train" or
+# "test". Pictures are a list of files, or an array of uint8, (N, H, W) or (N, H, W, 3).
+
+def _download(dataset, root, by_hand="", **arguments):
+    """A torchvision dataset, downloaded where it is missing. UserError if that fails."""
+    try:
+        return dataset(root=root, download=True, **arguments)
+    except Exception as error:  # the network, archives and helpers each raise their own kinds
+        raise UserError(f"downloading {dataset.__name__} to {root}, or reading it there, failed: "
+                        f"{_reason(error)}{by_hand}") from None
+
+
+def _mnist(data_dir, size, split):
+    """Zero-padded to 32, else resized."""
+    data = _download(torchvision.datasets.MNIST, data_dir / "downloads", train=split == "train")
+    digits = data.data.numpy()
+    if size == 32:
+        digits = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
+    return digits, data.targets
+
+
+def _cifar10(data_dir, size, split):
+    data = _download(torchvision.datasets.CIFAR10, data_dir / "downloads", train=split == "train")
+    return data.data, data.targets
+
+
+def _stl10(data_dir, size, split):
+    """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
+    part = "train+unlabeled" if split == "train" else "test"
+    data = _download(torchvision.datasets.STL10, data_dir / "downloads", split=part)
+    return data.data.transpose(0, 2, 3, 1), None
+
+
+def _imagenette(data_dir, size, split):
+    """Its validation split is the test set."""
+    part = "train" if split == "train" else "val"
+    data = _download(torchvision.datasets.Imagenette, data_dir / "downloads", split=part,
+                     size="160px")
+    paths = [path for path, _ in data._samples]
+    labels = [label for _, label in data._samples]
+    return paths, labels
+
+
+def _celeba(data_dir, size, split):
+    """Official train and test splits, labelled by the 40 attributes."""
+    by_hand = (". By hand: put the five list_*.txt and identity_CelebA.txt of its page, and "
+               f"img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}")
+    data = _download(torchvision.datasets.CelebA, data_dir, by_hand, split=split)
+    paths = [data_dir / "celeba" / "img_align_celeba" / file for file in data.filename]
+    paths = [path for path in paths if path.is_file()]  # all of them, or the count is wrong
+    return paths, data.attr
+
+
+def _celebahq(data_dir, size, split):
+    """Of {data_dir}/celebahq's 30,000 images the last 1,000 by name are test (DC-VAE, Table 8).
+
+    The paper does not say which 1,000. Where there are not 30,000 it is one in 30.
     """
-    def image(i):
-        picture = _read(paths[i])
-        return _square(TF.crop(picture, *box) if box else picture, size)
+    paths = _image_files(data_dir / "celebahq", data_dir, least=10)
+    n_test = max(1, len(paths) // 30)
+    paths = paths[-n_test:] if split == "test" else paths[:-n_test]
+    return paths, None
 
-    return Made(image, (len(paths), size, size, 3))
+
+def _lsun(data_dir, size, split):
+    """Bedrooms in {data_dir}/lsun, exported from its lmdb as JPEG files, split as any folder."""
+    return _folder(data_dir / "lsun", data_dir, size, split)
 
 
 COLOURS = np.array([[230, 60, 60], [240, 150, 40], [235, 220, 70], [80, 200, 90],
                     [70, 205, 215], [70, 110, 235], [165, 80, 220], [235, 235, 235]], np.float32)
 
 
-def _shapes_splits(data_dir, size):
-    return {"train": make_shapes(20_000, size, seed=0), "test": make_shapes(2_000, size, seed=1)}
+def _shapes(data_dir, size, split):
+    if split == "train":
+        return make_shapes(20_000, size, seed=0)
+    return make_shapes(2_000, size, seed=1)
 
 
 def make_shapes(count, size, seed):
@@ -611,37 +496,36 @@ def make_shapes(count, size, seed):
                        (column - 0.25) * 8, (row - 0.25) * 8], 1)
     images = np.empty((count, size, size, 3), np.uint8)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
-    for start in range(0, count, 500):
-        part = slice(start, start + 500)
-        x = axis[None, None, :] - column[part, None, None]
-        y = axis[None, :, None] - row[part, None, None]
-        r = radius[part, None, None]
-        # Signed distances to the outline, negative inside, (500, size, size).
+    right = axis[None, :, None] / 2
+    down = axis[:, None, None] / 2
+    for i in range(count):
+        x = axis[None, :] - column[i]
+        y = axis[:, None] - row[i]
+        r = radius[i:i + 1]
+        # Signed distances to the outline, negative inside, (size, size).
         disc = np.sqrt(x**2 + y**2) - r
         square = np.maximum(abs(x), abs(y)) - 0.85 * r
         triangle = np.maximum(y - 0.6 * r, 0.866 * abs(x) - 0.5 * y - 0.6 * r)
         ring = abs(disc + 0.2 * r) - 0.2 * r
-        distance = np.choose(kind[part, None, None], [disc, square, triangle, ring])
+        distance = [disc, square, triangle, ring][kind[i]]
         inside = np.clip(0.5 - distance * size, 0, 1)[..., None]  # share of the pixel
-        a, b, c = corners[part].transpose(1, 0, 2)[:, :, None, None]
-        right = axis[None, None, :, None] / 2
-        down = axis[None, :, None, None] / 2
+        a, b, c = corners[i]
         backdrop = a + (b - a) * right + (c - a) * down
-        clean = backdrop + inside * (COLOURS[colour[part], None, None] - backdrop)
+        clean = backdrop + inside * (COLOURS[colour[i]] - backdrop)
         noisy = clean + 2 * rng.standard_normal(clean.shape, np.float32)
-        images[part] = np.clip(np.rint(noisy), 0, 255)
+        images[i] = np.clip(np.rint(noisy), 0, 255)
     return images, np.minimum(labels, [3, 7, 3, 3, 3]).astype(np.uint8)
 
 
-DATASETS = {  # name: side in pixels, function that makes {split: (images, labels)}
-    "shapes": (32, _shapes_splits),
-    "mnist": (32, _mnist_splits),
-    "cifar10": (32, _cifar10_splits),
-    "stl10": (32, _stl10_splits),
-    "imagenette": (64, _imagenette_splits),
-    "celeba": (64, _celeba_splits),
-    "celebahq": (256, _celebahq_splits),
-    "lsun": (128, _lsun_splits),
+DATASETS = {  # name: side in pixels, function
+    "shapes": (32, _shapes),
+    "mnist": (32, _mnist),
+    "cifar10": (32, _cifar10),
+    "stl10": (32, _stl10),
+    "imagenette": (64, _imagenette),
+    "celeba": (64, _celeba),
+    "celebahq": (256, _celebahq),
+    "lsun": (128, _lsun),
 }
 
 COUNTS = {  # name: training images, test images, and the folder in data_dir that they come from
@@ -651,6 +535,8 @@ COUNTS = {  # name: training images, test images, and the folder in data_dir tha
     "imagenette": (9_469, 3_925, "downloads/imagenette2-160"),
     "celeba": (162_770, 19_962, "celeba/img_align_celeba"),
 }
+
+BOXES = {"celeba": (40, 15, 148, 148)}  # top, left, height, width (selfVAE paper, A.5)
 
 POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
 
@@ -710,6 +596,7 @@ class Batches:
         self.parts = parts
         self.set_batch_size(batch_size)
         self.resident = self.count * math.prod(images.shape[1:]) <= RESIDENT_BYTES
+        self.place = self.device if self.resident else "cpu"  # of the images
         if self.resident:
             writable = np.require(images[:self.count], requirements="W")
             self.images = torch.from_numpy(writable).to(self.device)
@@ -736,9 +623,8 @@ class Batches:
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self.epoch = epoch
-            self.order = torch.randperm(self.count, generator=generator)
-            if self.resident:  # once an epoch, so that no step waits for the copy
-                self.order = self.order.to(self.device)
+            # Copied once an epoch, so that no step waits for it.
+            self.order = torch.randperm(self.count, generator=generator).to(self.place)
         index = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         pixels = self._read(index[rank::world])
         if self.augment:
@@ -746,8 +632,7 @@ class Batches:
         return from_uint8(pixels.permute(0, 3, 1, 2))
 
     def __iter__(self):
-        device = self.device if self.resident else "cpu"
-        for index in torch.arange(self.count, device=device).split(self.batch_size):
+        for index in torch.arange(self.count, device=self.place).split(self.batch_size):
             yield from_uint8(self._read(index).permute(0, 3, 1, 2))
 
     def _read(self, index):
@@ -767,23 +652,28 @@ def evaluation_batches(images, device, count=None):
     return Batches(images, max(1, min(128, 2**17 // pixels)), device, count=count)
 
 
-def augment(pixels, share=0.05):
+def augment(pixels):
     """Random flips, and shifts by up to 5 % of the side: uint8 (B, H, W, C) -> same.
 
-    Each image has its own. Shifted-in pixels repeat the edge: the clamp below does that.
+    Each image has its own.
     """
     B, H, W, _ = pixels.shape
-    device = pixels.device
-    reach_y = math.ceil(share * H)
-    reach_x = math.ceil(share * W)
-    shift_y = torch.randint(-reach_y, reach_y + 1, (B, 1), device=device)
-    shift_x = torch.randint(-reach_x, reach_x + 1, (B, 1), device=device)
-    flip = torch.randint(0, 2, (B, 1), device=device)
-    rows = (torch.arange(H, device=device) + shift_y).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=device) + shift_x).clamp(0, W - 1)  # (B, W)
+    rows = _shifted(B, H, pixels.device)
+    columns = _shifted(B, W, pixels.device)
+    flip = torch.randint(0, 2, (B, 1), device=pixels.device)
     columns = torch.where(flip == 1, W - 1 - columns, columns)
-    image = torch.arange(B, device=device)
+    image = torch.arange(B, device=pixels.device)
     return pixels[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _shifted(B, side, device):
+    """Positions 0 … side - 1, of each image shifted by up to 5 %; beyond the edge it is repeated.
+
+    -> (B, side)
+    """
+    reach = math.ceil(0.05 * side)
+    shift = torch.randint(-reach, reach + 1, (B, 1), device=device)
+    return (torch.arange(side, device=device) + shift).clamp(0, side - 1)
 
 
 # ---- The discretized mixture of logistics --------------------------------------------------------
