@@ -187,27 +187,27 @@ def _reason(error):
 
 
 def _open(path, rows=None):
-    """Memory-map a .npy file, uint8 (N, …), of `rows` rows if given. UserError for any other."""
+    """Memory-map a .npy file of uint8, with `rows` rows if given. UserError for any other."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # of a damaged file numpy raises many kinds
         raise UserError(f"cannot read {path} ({_reason(error)}); "
                         "delete its folder to remake it") from None
-    if array.dtype != np.uint8 or array.ndim == 0 or rows not in (None, len(array)):
+    if array.dtype != np.uint8 or rows not in (None, *array.shape[:1]):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; it should be uint8, with a row "
                         "for each image")
     return array
 
 
 def _open_images(folder, size):
-    """Memory-map train.npy and test.npy. UserError if they are no images of this size."""
+    """Memory-map train.npy and test.npy. UserError if they are not images of this size."""
     train = _open(folder / "train.npy")
     test = _open(folder / "test.npy")
-    fits = train.shape[1:] in ((size, size, 1), (size, size, 3)) and len(train) >= 2
-    if not fits or test.shape[1:] != train.shape[1:]:
-        raise UserError(f"{folder} holds images {train.shape} in train.npy, {test.shape} in "
-                        f"test.npy; they should be (N, {size}, {size}, 1 or 3) in both, "
-                        "two or more to train")
+    fits = train.shape[1:] in ((size, size, 1), (size, size, 3)) and len(train) > 1
+    if not fits or test.shape[1:] != train.shape[1:] or len(test) == 0:
+        raise UserError(f"{folder} holds {train.shape} in train.npy, {test.shape} in test.npy; "
+                        f"both should be (N, {size}, {size}, 1) or (N, {size}, {size}, 3), "
+                        "with two images or more in train.npy")
     return train, test
 
 
