@@ -142,7 +142,8 @@ def load_images(name, data_dir, size=None):
         if not name or not folder.is_dir():
             known = ", ".join([*DATASETS, *POINTS])
             raise UserError(f"dataset {name!r} is neither one of {known}, nor a folder of images")
-        side, pictures_of = 64, functools.partial(_folder, folder)
+        side = 64
+        pictures_of = functools.partial(_folder, folder)
         title = folder.resolve().name
         key = _folder_key(folder, data_dir)
         place = f"{title}-{key}"
