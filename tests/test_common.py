@@ -868,18 +868,19 @@ def test_log_rows_and_lines(tmp_path, capsys):
 def test_progress_line(tmp_path, capsys, monkeypatch):
     """60 images in 30 seconds are 2 a second; half of the steps are done, so as much is left."""
     monkeypatch.setattr(common.time, "perf_counter", lambda: 100.0)
-    state = {"step": 5, "seconds": 30.0, "start": 40.0}
+    state = {"step": 5, "seconds": 30.0, "clock": 70.0}
     common.log_training(tmp_path, state, 10, rows_of(1.0, 1.0, 1.0), 20)
-    assert state == {"step": 5, "seconds": 60.0, "start": 40.0}
+    assert state == {"step": 5, "seconds": 60.0, "clock": 100.0}
     assert capsys.readouterr().out == "step 5  train  re_x 1  2 img/s  0:01:00 < 0:01:00\n"
 
 
 def test_curves_of_a_resumed_run(tmp_path):
     """Of a step that stands twice the later line counts; a line cut short is left out."""
     for step, bpd in ((1, 9.0), (2, 8.0), (2, 7.0)):
-        common.append_line(tmp_path / "log.jsonl", common.to_json(
-            {"step": step, "split": "train", "bpd": bpd, "images": 3}))
-    common.append_line(tmp_path / "log.jsonl", '{"step": 3, "spl')
+        state = {"step": step, "seconds": 1.0}
+        common.log_row(tmp_path, state, "train", {"bpd": bpd, "images": 3})
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "spl')
     lines = common.read_log(tmp_path / "log.jsonl")
     assert common.curve_of(lines, "bpd", "train") == ([1, 2], [9.0, 7.0])
     assert common.curve_of(lines, "bpd", "valid") == ([], [])
