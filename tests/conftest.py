@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -97,6 +98,18 @@ def narrow_networks(patch):
     patch.setitem(dcvae.MAPS, "small", (8, 8))
 
 
+def save_untrained(folder, script, dataset="shapes", size=16, **flags):
+    """A model as training begins, in the best.pt of a folder, which is made -> the folder."""
+    module = importlib.import_module(script)
+    cfg = module.Config(dataset=dataset, size=size, small=True, **flags)
+    shape = (1 if dataset == "mnist" else 3, size, size)
+    model = getattr(module, MODELS[script])(cfg, shape)
+    folder.mkdir(exist_ok=True)
+    torch.save({"script": script, "config": dataclasses.asdict(cfg), "model": model.state_dict()},
+               folder / "best.pt")
+    return folder
+
+
 def pictures_on(path, side, columns=8):
     """The pictures of a sheet, which are `side` pixels wide before they are enlarged.
 
@@ -147,7 +160,7 @@ def no_noise(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def grades(request):
-    """-> a function that returns what `python docs/exercises.py grade` prints.
+    """-> a function that returns what `python docs/exercises.py grade` prints, JSON.
 
     It takes long, so it is started with the session.
     """
@@ -158,7 +171,7 @@ def grades(request):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
 
     def printed():
-        return process.communicate()[0]
+        return json.loads(process.communicate()[0])
 
     yield printed
     if process:
