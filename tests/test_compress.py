@@ -1,49 +1,65 @@
 """docs/compress.py: what is pushed comes back, and costs what it should."""
 
-import dataclasses
 import importlib
 import math
 
+import compress
 import numpy as np
 import pytest
+import selfvae
 import torch
-
+import torch.nn.functional as F
+import vae
 from common import Dmol, UserError, dmol_channels, quantize
-from conftest import ROOT, narrow_networks
+from conftest import MODELS, narrow_networks, save_untrained
 
 
-@pytest.fixture
-def compress(monkeypatch):
-    """The module, with narrow networks."""
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """Narrow networks, and no gradients."""
     narrow_networks(monkeypatch)
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    return importlib.import_module("compress")
+    with torch.no_grad():
+        yield
 
 
-def make(script, shape=(3, 16, 16), **flags):
-    """An untrained model, initialised with noise, and such images on the grid (5, C, H, W)."""
+def make(script, size=16, **flags):
+    """An untrained model, initialised with noise, and two such images on the grid."""
     module = importlib.import_module(script)
     torch.manual_seed(0)
-    cfg = module.Config(**{"small": True, "prior": "normal", **flags})
-    model = (module.VAE if script == "vae" else module.SelfVAE)(cfg, shape).eval()
-    x = quantize(torch.rand(5, *shape) * 2 - 1)
-    with torch.no_grad():
-        model.initialize(x)
+    cfg = module.Config(small=True, **{"prior": "normal", **flags})
+    model = getattr(module, MODELS[script])(cfg, (3, size, size)).eval()
+    x = quantize(torch.rand(2, 3, size, size) * 2 - 1)
+    model.initialize(x)
     return model, x
 
 
+def content(stack):
+    """All that is on a stack."""
+    return stack.heads.tolist(), list(stack.words)
+
+
+def pushed(codec, images):
+    """Push images (N, C, H, W) onto a new stack -> the stack, and how many bits it grew by."""
+    stack = compress.random_stack(codec.K)
+    before = stack.bits()
+    for image in images.split(1):
+        codec.push(stack, image.to(memory_format=torch.channels_last))  # as from a file of images
+    return stack, stack.bits() - before
+
+
+# ---- Symbols, latents, pixels --------------------------------------------------------------------
+
 @pytest.mark.parametrize("seed", range(20))
-def test_symbols_come_back_and_cost_their_entropy(compress, seed):
+def test_symbols_come_back_and_cost_their_entropy(seed):
     """Random tables of random numbers of symbols, more and fewer than there are coders.
 
     The stack ends as it began, and in between holds what the symbols' probabilities say.
     """
     rng = np.random.default_rng(seed)
     stack = compress.random_stack(1)
-    heads = stack.heads.copy()
-    words = list(stack.words)
+    at_first = content(stack)
     before = stack.bits()
-    pushed = []
+    steps = []
     entropy = 0
     for _ in range(20):
         n = rng.integers(1, 300)
@@ -55,14 +71,14 @@ def test_symbols_come_back_and_cost_their_entropy(compress, seed):
         entropy -= np.log2(p[np.arange(n), symbol]).sum()
         compress.push_all(stack, table, symbol)
         assert (stack.heads >= 2**32).all()
-        pushed.append((table, symbol))
+        steps.append((table, symbol))
     assert stack.bits() - before == pytest.approx(entropy, rel=1e-3)
-    for table, symbol in reversed(pushed):
+    for table, symbol in reversed(steps):
         assert np.array_equal(compress.pop_all(stack, table), symbol)
-    assert np.array_equal(stack.heads, heads) and stack.words == words
+    assert content(stack) == at_first
 
 
-def test_every_symbol_keeps_a_slot(compress):
+def test_every_symbol_keeps_a_slot():
     """Else an improbable pixel could not be coded: 0 and 10⁻³⁰ get one slot of 2^20, 1 the rest."""
     p = np.array([[0, 1, 0, 1e-30], [0.25, 0.25, 0.25, 0.25]])
     table = compress.slots(p, p >= 0)
@@ -70,7 +86,7 @@ def test_every_symbol_keeps_a_slot(compress):
     assert np.diff(table[1].astype(int)).tolist() == [2**18] * 4
 
 
-def test_bins_have_the_probability_of_their_interval(compress):
+def test_bins_have_the_probability_of_their_interval():
     """Else latents cost something else than the KL; a narrow q falls into the bin of its mean."""
     p = (torch.randn(1, 16, 8, 8), torch.rand(1, 16, 8, 8) + 0.1)
     edges = torch.linspace(-8, 8, 1025)
@@ -84,7 +100,7 @@ def test_bins_have_the_probability_of_their_interval(compress):
     assert (np.diff(narrow).argmax(1) == bins).all()
 
 
-def test_latents_are_drawn_apart_from_those_before(compress):
+def test_latents_are_drawn_apart_from_those_before():
     """Else z takes after that of the image before, number by number, and costs more than by chance.
 
     Popped by q what has been pushed by the prior: without an order of its own each number would
@@ -94,19 +110,20 @@ def test_latents_are_drawn_apart_from_those_before(compress):
     ramp = np.linspace(300, 700, 1024).astype(np.int64)
     compress.push_prior(stack, ramp)
     p = (torch.zeros(1, 16, 8, 8), torch.ones(1, 16, 8, 8))
-    drawn = compress.pop_all(stack, compress.latent_table(p, p))
+    table = compress.latent_table(p, p)
+    drawn = compress.pop_all(stack, table)
     assert abs(np.corrcoef(ramp, drawn)[0, 1]) < 0.2
-    compress.push_all(stack, compress.latent_table(p, p), drawn)
+    compress.push_all(stack, table, drawn)
     assert np.array_equal(compress.pop_prior(stack), ramp)
 
 
-def test_a_symbol_with_all_slots_costs_nothing(compress):
+def test_a_symbol_with_all_slots_costs_nothing():
     """Else count · 2^44 is 2^64, an overflow. One without a slot is of a damaged file: an error."""
     stack = compress.random_stack(0)
-    before = stack.heads.copy()
+    before = content(stack)
     table = np.broadcast_to(np.array([0, 0, 2**20, 2**20], np.uint64), (64, 4))
     compress.push_all(stack, table, np.ones(64, np.int64))
-    assert np.array_equal(stack.heads, before)
+    assert content(stack) == before
     assert (compress.pop_all(stack, table) == 1).all()
     with pytest.raises(UserError, match="without a slot"):
         compress.push_all(stack, table, np.zeros(64, np.int64))
@@ -114,36 +131,27 @@ def test_a_symbol_with_all_slots_costs_nothing(compress):
 
 def in_turn(channels):
     """An InTurn of blocks of 2x2 pixels by random networks, for an image of 16x16."""
-    selfvae = importlib.import_module("selfvae")
-    cfg = selfvae.Config(exact=True, small=True)
-    torch.manual_seed(0)
-    p_x = selfvae.SelfVAE(cfg, (channels, 16, 16)).p_x[0]
+    p_x = selfvae.SelfVAE(selfvae.Config(exact=True, small=True), (channels, 16, 16)).p_x[0]
     return p_x(quantize(torch.rand(1, channels, 8, 8) * 2 - 1), torch.randn(1, 16, 8, 8))
 
 
-def random_mixture(channels, interval=None):
+def mixture(channels, interval=None):
     """A Dmol of random parameters with a shift."""
-    torch.manual_seed(0)
     params = torch.randn(1, dmol_channels(channels), 8, 8)
     return Dmol(params, channels, torch.rand(1, channels, 8, 8) - 0.5, interval)
 
 
 def greys(x):
     """The interval of colours whose luma is 0, 1, 2, … from pixel to pixel."""
-    grayscale_interval = importlib.import_module("selfvae").grayscale_interval
-    return grayscale_interval(torch.arange(64).view(1, 1, 8, 8), [], x)
+    return selfvae.grayscale_interval(torch.arange(64).view(1, 1, 8, 8), [], x)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("make_p_x", [
-    lambda: random_mixture(1), lambda: random_mixture(3), lambda: random_mixture(3, greys),
-    lambda: in_turn(1), lambda: in_turn(3)], ids=["grey", "colour", "luma", "turns", "turns3"])
-def test_pixels_cost_their_log_probability(compress, make_p_x):
-    """Else the tables are not of p(x_c) given the values before.
-
-    Mixtures are random.
-    """
-    p_x = make_p_x()
+@pytest.mark.parametrize("make_p_x, arguments", [
+    (mixture, [1]), (mixture, [3]), (mixture, [3, greys]), (in_turn, [1]), (in_turn, [3])])
+def test_pixels_cost_their_log_probability(make_p_x, arguments):
+    """Else the tables are not of p(x_c) given the values before. Mixtures are random."""
+    torch.manual_seed(0)
+    p_x = make_p_x(*arguments)
     x = p_x.sample()
     stack = compress.random_stack(0)
     before = stack.bits()
@@ -153,36 +161,33 @@ def test_pixels_cost_their_log_probability(compress, make_p_x):
     assert torch.equal(compress.pop_image(stack, p_x), x)
 
 
-class Exact(torch.nn.Module):
-    """Its latent's posterior is known: each of 1,024 grey pixels is N(0.3 z, 0.1²), nearly.
+# ---- Images --------------------------------------------------------------------------------------
 
-    As a vae.py: q_z, p_x, p_z, channels.
+class Exact(vae.VAE):
+    """Each of 1,024 grey pixels is N(0.3 z, 0.1²), nearly, so the posterior is N(3x, 0.1).
+
+    q has `factor` times its sd.
     """
 
-    def __init__(self, sd):
-        super().__init__()
-        self.p_z = importlib.import_module("vae").NormalPrior()
-        self.scale = 0.3
-        self.noise = 0.1
-        self.sd = sd  # of q, as a factor of the posterior's
+    def __init__(self, factor):
+        torch.nn.Module.__init__(self)
+        self.p_z = vae.NormalPrior()
+        self.factor = factor
 
     def q_z(self, x):
-        x = torch.nn.functional.pixel_unshuffle(x, 4)
-        variance = 1 / (1 + (self.scale / self.noise)**2)
-        mean = variance * self.scale / self.noise**2 * x
-        log_var = torch.full_like(mean, math.log(variance * self.sd**2))
-        return importlib.import_module("vae").gaussian(torch.cat([mean, log_var], 1))
+        mean = 3 * F.pixel_unshuffle(x, 4)
+        log_var = torch.full_like(mean, math.log(0.1 * self.factor**2))
+        return vae.gaussian(torch.cat([mean, log_var], 1))
 
     def p_x(self, z):
-        mean = torch.nn.functional.pixel_shuffle(self.scale * z, 4)
         params = torch.full((1, 30, 32, 32), -30.0)  # one component of ten
         params[:, 0] = 30
-        params[:, 10] = mean
-        params[:, 20] = math.log(self.noise * math.sqrt(3) / math.pi) + 2  # its sd is `noise`
+        params[:, 10] = F.pixel_shuffle(0.3 * z, 4)
+        params[:, 20] = math.log(0.1 * math.sqrt(3) / math.pi) + 2  # its sd is 0.1
         return Dmol(params, 1)
 
 
-def test_bits_come_back(compress):
+def test_bits_come_back():
     """Else z costs what it costs without them: with the posterior a file of -log2 p(x) bits.
 
     x is Gaussian, of variance 0.3² + 0.1², but for logistic noise. With a q of three times the
@@ -192,18 +197,10 @@ def test_bits_come_back(compress):
     p = torch.distributions.Normal(0.0, math.sqrt(0.3**2 + 0.1**2))
     x = quantize(p.sample((4, 1, 32, 32)))
     bits = -(p.log_prob(x) + math.log(2 / 255)).sum().item() / math.log(2)
-    costs = []
-    for sd in (1, 3):
-        model = Exact(sd)
-        model.__class__ = type("Exact", (Exact, importlib.import_module("vae").VAE), {})
-        codec = compress.Codec(model)  # takes it for a vae.py
-        stack = compress.random_stack(0)
-        before = stack.bits()
-        for image in x:
-            codec.push(stack, image[None])
-        costs.append(stack.bits() - before)
-    assert costs[0] == pytest.approx(bits, rel=0.01)
-    assert costs[1] > costs[0] + 4 * 1024 * 2
+    _, cost = pushed(compress.Codec(Exact(1)), x)
+    assert cost == pytest.approx(bits, rel=0.01)
+    _, more = pushed(compress.Codec(Exact(3)), x)
+    assert more > cost + 4 * 1024 * 2
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -212,56 +209,35 @@ def test_bits_come_back(compress):
     ("selfvae", dict(levels=1)), ("selfvae", dict(transform="grayscale", exact=True)),
     ("selfvae", dict(transform="posterize", exact=True)),
     ("selfvae", dict(transform="sketch", prior="realnvp"))])
-def test_images_come_back(compress, script, flags):
-    """Bit for bit, the last one first; the stack ends as it began."""
-    size = flags.get("size", 16)
-    model, x = make(script, (3, size, size), **flags)
-    codec = compress.Codec(model)
-    stack = compress.random_stack(codec.K)
-    first = compress.random_stack(codec.K)
-    with torch.no_grad():
-        for image in x[:2]:
-            image = image[None].to(memory_format=torch.channels_last)  # as from a file of images
-            codec.push(stack, image)
-        for image in reversed(x[:2]):
-            assert torch.equal(codec.pop(stack)[0], image)
-    assert np.array_equal(stack.heads, first.heads) and stack.words == first.words
+def test_images_come_back(script, flags):
+    """Bit for bit, the last one first; the stack ends as it began. In between it holds the bound.
 
-
-@pytest.mark.parametrize("script, flags", [
-    ("vae", {}), ("selfvae", dict(levels=1, size=16)),
-    ("selfvae", dict(levels=1, exact=True, size=16))])
-def test_the_size_is_the_bound(compress, script, flags):
-    """Else bits are lost, or the probabilities are not the bound's: within 1 % over five images.
-
-    That is the ELBO's own noise here: the bits of the file are those of other draws of z.
+    Else bits are lost, or the probabilities are not the bound's. Within its own noise here, as the
+    file is of other draws of z; under a flow q costs more.
     """
     model, x = make(script, **flags)
     codec = compress.Codec(model)
-    stack = compress.random_stack(codec.K)
-    before = stack.bits()
-    with torch.no_grad():
-        for image in x:
-            codec.push(stack, image[None])
+    stack, cost = pushed(codec, x)
+    if "prior" not in flags:
         bound = -torch.stack([model.elbo(x) for _ in range(10)]).mean(0).sum() / math.log(2)
-    assert stack.bits() - before == pytest.approx(bound.item(), rel=0.01)
+        assert cost == pytest.approx(bound.item(), rel=0.01)
+    for image in x.flip(0).split(1):
+        assert torch.equal(codec.pop(stack), image)
+    assert content(stack) == content(compress.random_stack(codec.K))
 
 
-def test_a_prefix_is_the_small_image(compress):
+def test_a_prefix_is_the_small_image():
     """Else a reader of y_1, a sixteenth of the pixels, must pop more than u and y_1."""
-    model, x = make("selfvae", (3, 32, 32), levels=2)
+    model, x = make("selfvae", size=32, levels=2)
     codec = compress.Codec(model)
-    stack = compress.random_stack(codec.K)
-    with torch.no_grad():
-        codec.push(stack, x[:1])
-        whole = stack.bits()
-        y = model.representations(x[:1])
-        assert torch.equal(codec.pop(stack, last=1), y[1])
+    stack, _ = pushed(codec, x[:1])
+    whole = stack.bits()
+    assert torch.equal(codec.pop(stack, last=1), model.representations(x[:1])[1])
     of_y_1 = 8 * 3 * 8 * 8
     assert whole - stack.bits() < 8.5 * 1024 + 1.5 * of_y_1
 
 
-def test_q_of_a_flow_has_the_sd_of_its_precision(compress, monkeypatch):
+def test_q_of_a_flow_has_the_sd_of_its_precision(monkeypatch):
     """Else bins are drawn too far out, as by the marginals' sds. Here u = v + v reversed / 2.
 
     So 1/τ_i² = 1/σ_i² + 1/4σ_j², j the number opposite, but for the noise of 64 signs.
@@ -269,83 +245,74 @@ def test_q_of_a_flow_has_the_sd_of_its_precision(compress, monkeypatch):
     model, x = make("vae", prior="realnvp")
     monkeypatch.setattr(model.p_z.flow, "inverse", lambda v: v + v.flip(1) / 2)
     monkeypatch.setattr(model.p_z.flow, "forward", lambda u: ((u - u.flip(1) / 2) / 0.75, None))
-    with torch.no_grad():
-        mean, sd = compress.Codec(model).q(0, x[:1])
-        q = model.q_z(x[:1])
+    mean, sd = compress.Codec(model).q(0, x[:1])
+    q = model.q_z(x[:1])
     torch.testing.assert_close(mean, (q.mean - q.mean.flip(1) / 2) / 0.75)
     expected = (q.variance.reciprocal() + q.variance.flip(1).reciprocal() / 4).rsqrt()
-    assert (sd / expected).log().mean().abs() < 0.03 and (sd / expected).log().std() < 0.25
+    error = (sd / expected).log()
+    assert error.mean().abs() < 0.03 and error.std() < 0.25
 
 
-def test_a_mixture_prior_is_refused(compress):
+def test_a_mixture_prior_is_refused():
     """Its numbers depend on each other, through the component."""
-    model, _ = make("vae", prior="mog")
     with pytest.raises(UserError, match="mixture"):
-        compress.Codec(model)
+        compress.Codec(make("vae", prior="mog")[0])
 
 
-@pytest.fixture
-def folder_of(tmp_path, compress, tiny_data):
-    """folder_of(script, **flags): that of an untrained model on shapes, or grey "mnist"."""
-    def save(script, dataset="shapes", size=16, **flags):
-        flags = dict(dataset=dataset, size=size, data_dir=str(tiny_data), **flags)
-        model, _ = make(script, (1 if dataset == "mnist" else 3, size, size), **flags)
-        config = importlib.import_module(script).Config(small=True, **{"prior": "normal", **flags})
-        folder = tmp_path / f"{script}-{dataset}"
-        folder.mkdir()
-        torch.save({"script": script, "config": dataclasses.asdict(config),
-                    "model": model.state_dict()}, folder / "best.pt")
-        return folder
-    return save
-
+# ---- Files ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, flags", [
-    ("vae", {}), ("vae", dict(dataset="mnist", prior="realnvp")),
-    ("selfvae", dict(levels=1, exact=True)), ("selfvae", dict(levels=2, size=32))])
-def test_files_come_back(compress, folder_of, tmp_path, tiny_data, script, flags):
+    ("vae", dict(prior="normal")), ("vae", dict(dataset="mnist")),
+    ("selfvae", dict(exact=True)), ("selfvae", dict(levels=2, size=32))])
+def test_files_come_back(tmp_path, tiny_data, script, flags):
     """Two test images, through a file; none is overwritten."""
-    folder = str(folder_of(script, **flags))
-    path = tmp_path / "images.ans"
-    assert compress.main(["write", folder, str(path), "2"]) == 0
-    assert compress.main(["read", folder, str(path)]) == 0
+    folder = str(save_untrained(tmp_path / "run", script, data_dir=str(tiny_data), **flags))
+    path = str(tmp_path / "images.ans")
+    write = ["write", folder, path, "2"]
+    read = ["read", folder, path]
+    assert compress.main(write) == 0
+    assert compress.main(read) == 0
     name = f"{flags.get('dataset', 'shapes')}-{flags.get('size', 16)}"
     images = np.load(tiny_data / name / "test.npy")[:2]
     assert np.array_equal(np.load(tmp_path / "images.ans.npy"), images)
-    assert compress.main(["write", folder, str(path), "2"]) == 2
-    assert compress.main(["read", folder, str(path)]) == 2
+    assert compress.main(write) == 2
+    assert compress.main(read) == 2
 
 
-@pytest.mark.parametrize("script, flags, rows", [
-    ("selfvae", dict(levels=1, exact=True), 2), ("vae", dict(dataset="mnist"), 1)])
-def test_sizes(compress, folder_of, tmp_path, capsys, script, flags, rows):
+@pytest.mark.parametrize("script, flags, dims, shown", [
+    ("selfvae", dict(exact=True), 3 * 16 * 16, ["y_1", "x"]),
+    ("vae", dict(dataset="mnist"), 16 * 16, ["x"])])
+def test_sizes(tmp_path, tiny_data, capsys, script, flags, dims, shown):
     """Else the table says something else than `write`, the bound, and what is popped.
 
     Of three images of 16x16. What is popped has the latents in full, some 8 bits a number.
     """
-    folder = str(folder_of(script, **flags))
+    folder = str(save_untrained(tmp_path / "run", script, data_dir=str(tiny_data), prior="normal",
+                                **flags))
     assert compress.main(["write", folder, str(tmp_path / "images.ans"), "3"]) == 0
     written = float(capsys.readouterr().out.split("; ")[1].split()[0])
     assert compress.main(["sizes", folder, "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    dims = 16 * 16 * (1 if "dataset" in flags else 3)
+    table = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+        table[name] = numbers
     below = 0
-    for k in range(rows):
-        bound, net, popped = [float(cell) for cell in cells[2 + k][1:]]
+    for k, name in enumerate(shown, 1):
+        bound, net, popped = map(float, table[name])
         assert net == pytest.approx(bound, rel=0.02) and net > below
+        assert net < popped < net + 9 * k * 1024 / dims
         below = net
-        assert net < popped < net + 9 * (k + 1) * 1024 / dims
-    assert cells[1 + rows][0] == "x" and net == pytest.approx(written, abs=1e-4)
-    assert float(cells[2 + rows][1]) == pytest.approx(bound, rel=0.05)
-    for cell, name in ((3 + rows, "PNG"), (4 + rows, "WebP")):
-        assert name in cells[cell][0] and 0 < float(cells[cell][2]) < 16
+    assert net == pytest.approx(written, abs=1e-4)
+    weighted = float(table["x, -bound by 16 importance samples"][0])
+    assert weighted == pytest.approx(bound, rel=0.05)
+    for name in ("PNG", "WebP"):
+        assert 0 < float(table[f"x as {name}, a file each"][1]) < 16
 
 
-def test_bad_files(compress, folder_of, tmp_path, capsys):
+def test_bad_files(tmp_path, tiny_data, capsys):
     """One line and exit code 2, and no images: what is cut, damaged, foreign, of other weights."""
-    folder = folder_of("vae")
+    folder = save_untrained(tmp_path / "run", "vae", data_dir=str(tiny_data), prior="normal")
     path = tmp_path / "images.ans"
-    target = tmp_path / "images.ans.npy"
 
     def refused(says, *words):
         before = sorted(tmp_path.iterdir())
@@ -365,15 +332,15 @@ def test_bad_files(compress, folder_of, tmp_path, capsys):
 
     content = path.read_bytes()
     header, body = content.split(b"\n", 1)
-    changed = bytearray(body)
+    changed = bytearray(content)
     changed[-500] ^= 1
     cases = {
-        "run empty": header + b"\n" + body[:8 * 64 + 40],
-        "damaged": header + b"\n" + bytes(changed),
+        "run empty": content[:-len(body) + 8 * 64 + 40],
+        "damaged": changed,
         "no file of compress.py": b"something else",
-        "header is broken": header.replace(b'"count": 2', b'"count": "2"') + b"\n" + body,
-        "its header": header.replace(b"[3, 16, 16]", b"[3, 16, 32]") + b"\n" + body,
-        "of another model": header.replace(b"[3, 16, 16]", b"[1, 16, 16]") + b"\n" + body,
+        "header is broken": content.replace(b'"count": 2', b'"count": "2"'),
+        "its header": content.replace(b"[3, 16, 16]", b"[3, 16, 32]"),
+        "of another model": content.replace(b"[3, 16, 16]", b"[1, 16, 16]"),
     }
     for says, broken in cases.items():
         path.write_bytes(broken)
@@ -385,7 +352,5 @@ def test_bad_files(compress, folder_of, tmp_path, capsys):
             values.mul_(1.01)
     torch.save(checkpoint, folder / "best.pt")
     refused("other weights", "read", folder, path)
-    checkpoint["script"] = "dcvae"
-    torch.save(checkpoint, folder / "best.pt")
+    torch.save(checkpoint | {"script": "dcvae"}, folder / "best.pt")
     refused("take one of vae.py", "read", folder, path)
-    assert not target.exists()
