@@ -148,12 +148,14 @@ def seeded(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def mean_of(distribution, shape=torch.Size()):
+    """In place of a Gaussian's samples."""
+    return distribution.loc.expand(distribution._extended_shape(shape))
+
+
 @pytest.fixture
 def no_noise(monkeypatch):
     """Every sample of a Gaussian is its mean, as if ε = 0."""
-    def mean_of(distribution, shape=torch.Size()):
-        return distribution.loc.expand(distribution._extended_shape(shape))
-
     monkeypatch.setattr(Normal, "rsample", mean_of)
     monkeypatch.setattr(Normal, "sample", mean_of)
 

@@ -392,7 +392,7 @@ def drawn(tmp_path, monkeypatch):
     return lambda name: tmp_path / f"{name}.png"
 
 
-def test_figures_can_be_drawn(drawn, tmp_path, tiny_data, capsys):
+def test_figures_can_be_drawn(drawn, tmp_path, tiny_data):
     """Those that take a second, and, on a few grey shapes, that which trains.
 
     A run of another script is refused.
@@ -407,8 +407,6 @@ def test_figures_can_be_drawn(drawn, tmp_path, tiny_data, capsys):
     figures.holes(tmp_path, 2)
     for name in ("levels", "mixture", "holes"):
         assert matplotlib.image.imread(drawn(name)).std() > 0.05, name
-    assert re.search(r"flow: validation, .* re \d+\.\d \+ kl \d+\.\d\d = \d+\.\d\n"
-                     r" +KL\(q\(z\) \|\| p\(z\)\) ", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="takes one of vae.py"):
         figures.tighten(save_untrained(tmp_path, "realnvp"))
 
@@ -470,9 +468,9 @@ def alike(printed, expected):
 
 def test_alike():
     assert alike("S = 4  gap 0.123, 1.2e-05", "S = 4  gap 0.122, 1.3e-05")
-    for printed, expected in (("0.129", "0.122"), ("5", "4"), ("a 1.0", "b 1.0"),
-                              ("1.0", "1.0 2.0"), ("1.2e-05", "1.2e-04")):
-        assert not alike(printed, expected)
+    for printed in ("0.129", "4 0.122", "a 0.122", "1.22e-01"):
+        assert not alike(printed, "0.122")
+    assert not alike("5", "4")
 
 
 @pytest.mark.parametrize("page", DERIVATIONS)

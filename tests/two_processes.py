@@ -8,18 +8,18 @@ process.
 """
 
 import contextlib
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SCRIPTS, call, mean_of, narrow_networks
 from matplotlib.figure import Figure
 from torch.distributions import Normal
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import common
 
 
 def nothing(*arguments, **options):
@@ -28,18 +28,11 @@ def nothing(*arguments, **options):
 
 def short(patch):
     """Narrow networks, one image timed, no figures: what these tests do not look at."""
-    import common
-    from conftest import SCRIPTS, narrow_networks
     narrow_networks(patch)
     patch.setattr(common.seconds_to_sample, "__defaults__", (1, 0))
     for script in SCRIPTS:
         patch.setattr(f"{script}.save_figures", nothing)
         patch.setattr(f"{script}.draw_curves", nothing)
-
-
-def mean_of(distribution, shape=torch.Size()):
-    """In place of a Gaussian's samples."""
-    return distribution.loc.expand(distribution._extended_shape(shape))
 
 
 def unshifted(pixels):
@@ -66,12 +59,6 @@ def plain(folder):
 
     An update only writes its gradients to `folder`. No evaluation and no figures.
     """
-    import common
-    import pytest
-    from conftest import SCRIPTS
-
-    # Before anything is patched: they import it by name.
-    scripts = [importlib.import_module(script) for script in SCRIPTS]
     folder.mkdir(parents=True, exist_ok=True)
     seed_noise = common.seed_noise
 
@@ -101,19 +88,16 @@ def plain(folder):
         patch.setattr(Figure, "savefig", nothing)
         for optimizer in (torch.optim.Adam, torch.optim.Adamax):
             patch.setattr(optimizer, "step", note)
-        patch.setattr(common, "seed_noise", no_noise)
-        for script in scripts:
-            patch.setattr(script, "seed_noise", no_noise)
-            patch.setattr(script, "evaluate", nothing)
-            patch.setattr(script, "save_figures", nothing)
+        for script in SCRIPTS:
+            patch.setattr(f"{script}.seed_noise", no_noise)
+            patch.setattr(f"{script}.evaluate", nothing)
+            patch.setattr(f"{script}.save_figures", nothing)
+        patch.setattr(common, "seed_noise", no_noise)  # after the scripts, which import it by name
         yield
 
 
 def main(lines):
     """-> the largest exit code of the calls, which are printed as a list."""
-    import common
-    import pytest
-    from conftest import call
     common.join_processes("cpu")
     codes = []
     with pytest.MonkeyPatch.context() as patch:
