@@ -91,8 +91,8 @@ def narrow_networks(patch):
     patch.setitem(vae.WIDTHS, "small", dict(q_z=block, p_x=block, flow=block))
     patch.setitem(selfvae.WIDTHS, "vae-small", dict(q_u=block, p_y=block, flow=block))
     patch.setitem(selfvae.WIDTHS, "small", dict(
-        q_u=block, p_y=block, flow=block, q_z=block, p_z=(block, block), p_x=(block, 8, block),
-        turn=block))
+        q_u=block, p_y=block, flow=block, q_z=block, p_z_from_y=block, p_z=block,
+        p_x_from_z=block, z_channels=8, p_x=block, turn=block))
     patch.setitem(realnvp.WIDTHS, "small", (1, 4))
     patch.setitem(dcvae.WIDTHS, "small", (8, 8))
     patch.setitem(dcvae.MAPS, "small", (8, 8))
