@@ -63,7 +63,7 @@ class DCVAE(nn.Module):
 
     def __init__(self, cfg, image_shape):
         super().__init__()
-        channels, size, _ = image_shape
+        channels, self.size, _ = image_shape
         self.cfg = cfg
         self.adversarial = cfg.loss in ("vaegan", "dcvae")
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
@@ -73,8 +73,8 @@ class DCVAE(nn.Module):
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
         # the first block, as here.
         self.layers = parse_layers(cfg) if self.contrastive else ()
-        self.size = size
-        self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
+        self.encoder, self.decoder, self.discriminator = networks(
+            cfg, channels, self.size, self.layers)
         if cfg.loss == "vae":
             self.discriminator = None
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
@@ -83,38 +83,25 @@ class DCVAE(nn.Module):
             # to new ones (He et al. 2020). At first the queue holds random directions. An image
             # that comes again within K keys is its own negative, as in the release.
             self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
-            widths = {name: FEATURE_DIM for name in self.layers}
+            widths = dict.fromkeys(self.layers, FEATURE_DIM)
             if cfg.patch_after is not None:
-                width = WIDTHS["small" if cfg.small else "full"][1]
-                widths |= {f"patch_{name}": width for name in BLOCKS}
+                for name in BLOCKS:
+                    widths[f"patch_{name}"] = self.discriminator.linear.in_features
             # Parameters that never learn: DDP would send buffers round before every pass.
             self.queue = nn.ParameterDict()
             for name, d in widths.items():
                 self.queue[name] = F.normalize(torch.randn(cfg.negatives, d), dim=1)
             self.queue.requires_grad_(False)
             self.register_buffer("queued", torch.tensor(0))  # modulo K: the row of the oldest key
-        self.train()  # puts the averaged decoder in eval mode
-
-    def train(self, mode=True):
-        """As nn.Module.train, but the averaged decoder always uses its averaged statistics."""
-        super().train(mode)
-        self.averaged_decoder.eval()
-        return self
-
-    def grow(self, side, alpha):
-        """Use growing networks up to `side`, their newest layers by the share `alpha`."""
-        for network in self.modules():
-            if isinstance(network, Growing):
-                network.level = side.bit_length() - 3  # side = 4 · 2^level
-                network.alpha.fill_(alpha)
+        self.grow(self.size, 1.0)
 
     # -- losses ------------------------------------------------------------------------------------
 
-    def autoencoder_terms(self, x, where=None, keys=None):
+    def autoencoder_terms(self, x, where, keys):
         """What encoder and decoder minimise: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
-        A contrast needs the `keys` of x, and for patches the places `where` they were taken. The
-        gan has 2B samples for B reconstructions, as released.
+        A contrast needs the `keys` of x, and for patches the places `where` they were taken, else
+        None. The gan has 2B samples for B reconstructions, as released.
         """
         mean, log_var = self.encoder(x)
         z = sample_code(mean, log_var)
@@ -122,27 +109,26 @@ class DCVAE(nn.Module):
         if self.cfg.loss == "vae":  # Eq. (1): -log N(x; x̂, ½) without its constant
             return {"pixel": (x - self.decoder(z)).square().sum((1, 2, 3)), "kl": kl}
 
-        codes = z
         if self.adversarial:
-            codes = torch.cat([z, torch.randn(2 * len(x), z.shape[1], device=x.device)])
-        fakes = self.decoder(codes)  # x̂, then x̃: in one batch, so with one statistic for both
+            z = torch.cat([z, torch.randn(2 * len(x), z.shape[1], device=x.device)])
+        fakes = self.decoder(z)  # x̂, then x̃: in one batch, so with one statistic for both
         scores, features = self.discriminator(fakes, where)
-        of_x_hat = {name: values[:len(x)].float() for name, values in features.items()}
         terms = {}
         if self.cfg.loss == "vaegan":  # Eq. (3)
             with torch.no_grad():
                 _, of_x = self.discriminator(x)
             # NOTE(paper): in Eq. (5) D maximises the feature distance too, and would drive F(x) and
             # F(x̂) apart however alike x and x̂ look. Here D plays in gan alone.
-            terms["feature"] = (of_x["final"].float() - of_x_hat["final"]).square().sum(1)
+            difference = of_x["final"].float() - features["final"][:len(x)].float()
+            terms["feature"] = difference.square().sum(1)
         if self.contrastive:  # Eqs. (6), (8)
-            terms["contrast"], _ = self.contrast(of_x_hat, keys)
+            terms["contrast"], _ = self.contrast(features, keys)
         if self.adversarial:  # Eq. (4)
             terms["gan"] = autoencoder_gan(self.cfg.gan, scores[:len(x)], scores[len(x):])
         terms["kl"] = kl
         return terms
 
-    def discriminator_terms(self, x, where=None, keys=None):
+    def discriminator_terms(self, x, where, keys):
         """What D minimises, and how well D does: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
@@ -152,12 +138,11 @@ class DCVAE(nn.Module):
             accuracy                        of the contrast, only logged
         """
         with torch.no_grad():  # neither encoder nor decoder learns here
-            codes = sample_code(*self.encoder(x))
+            z = sample_code(*self.encoder(x))
             if self.adversarial:
-                codes = torch.cat([codes, torch.randn_like(codes)])
-            seen = self.decoder(codes)
-        if self.adversarial:
-            seen = torch.cat([seen, x])  # x̂, x̃, x
+                z = torch.cat([z, torch.randn_like(z)])
+            fakes = self.decoder(z)  # x̂, then x̃
+        seen = torch.cat([fakes, x]) if self.adversarial else fakes
         scores, features = self.discriminator(seen, where)
         terms = {}
         if self.adversarial:
@@ -165,15 +150,13 @@ class DCVAE(nn.Module):
             terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled}
             terms["d_gan"] = discriminator_gan(self.cfg.gan, real, reconstructed, sampled)
         if self.adversarial and self.cfg.gan == "wgan":
-            x_hat, x_sampled, _ = seen.chunk(3)
             coin = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            fake = torch.where(coin, x_hat, x_sampled)
+            fake = torch.where(coin, *fakes.chunk(2))
             terms["d_penalty"] = gradient_penalty(self.discriminator, x, fake)
         if keys is not None:
             # NOTE(paper): in Eq. (9) D maximises the contrast too. But the critic of Remark 1,
             # which recognises x, is the one that minimises it.
-            of_x_hat = {name: values[:len(x)] for name, values in features.items()}
-            terms["d_contrast"], terms["accuracy"] = self.contrast(of_x_hat, keys)
+            terms["d_contrast"], terms["accuracy"] = self.contrast(features, keys)
         return terms
 
     def forward(self, x, where=None, keys=None, player="autoencoder"):
@@ -183,26 +166,25 @@ class DCVAE(nn.Module):
         return self.autoencoder_terms(x, where, keys)
 
     def contrast(self, features, keys):
-        """InfoNCE of reconstructions' features {layer: (B, d)} against `keys` of their originals.
+        """InfoNCE of reconstructions against `keys` {layer: (B, d)} of their originals.
 
-        -> nats and hits (B,), means over --contrast_layers. The mean over patches is added to the
-        nats (4.2). Eq. (7) is the average of these nats over images and z.
+        `features` are of a pass of D that begins with the B reconstructions. -> nats and hits (B,),
+        means over --contrast_layers. The mean over patches is added to the nats (4.2). Eq. (7) is
+        the average of these nats over images and z.
         """
-        losses = []
-        hits = []
-        patches = []
+        of_layers = 0
+        of_patches = 0
+        hits = 0
         for name, key in keys.items():
-            negatives = self.queue[name]
-            loss, hit = info_nce(features[name], key, negatives, self.cfg.temperature)
+            query = features[name][:len(key)]
+            nats, hit = info_nce(query, key, self.queue[name], self.cfg.temperature)
             if name in self.layers:
-                losses.append(loss)
-                hits.append(hit)
+                of_layers = of_layers + nats
+                hits = hits + hit
             else:
-                patches.append(loss)
-        loss = torch.stack(losses).mean(0)
-        if patches:
-            loss = loss + torch.stack(patches).mean(0)
-        return loss, torch.stack(hits).mean(0)
+                of_patches = of_patches + nats
+        count = len(self.layers)
+        return of_layers / count + of_patches / len(BLOCKS), hits / count
 
     @torch.no_grad()
     def encode_keys(self, x, where=None):
@@ -221,14 +203,20 @@ class DCVAE(nn.Module):
     def enqueue(self, keys):
         """Put keys {layer: (B, d)}, those of all processes, in place of the oldest negatives."""
         K = self.cfg.negatives
-        keys = {name: gather_batch(key)[-K:] for name, key in keys.items()}
-        count = len(next(iter(keys.values())))
-        rows = (self.queued + torch.arange(count, device=self.queued.device)) % K
         for name, key in keys.items():
+            key = gather_batch(key)[-K:]
+            rows = (self.queued + torch.arange(len(key), device=key.device)) % K
             self.queue[name][rows] = key
-        self.queued.add_(count).remainder_(K)
+        self.queued.add_(len(rows)).remainder_(K)  # rows are the same in every queue
 
     # -- images ------------------------------------------------------------------------------------
+
+    def grow(self, side, alpha):
+        """Use growing networks up to `side`, their newest layers by the share `alpha`."""
+        for network in self.modules():
+            if isinstance(network, Growing):
+                network.level = side.bit_length() - 3  # side = 4 · 2^level
+                network.alpha = alpha
 
     @torch.no_grad()
     def decode(self, z):
@@ -253,10 +241,8 @@ class DCVAE(nn.Module):
 
     def interpolate(self, x1, x2, count=8):
         """Images along the line between the codes of x1 and x2 (A.2): -> (B, count, C, H, W)."""
-        z1 = self.encode(x1)
-        z2 = self.encode(x2)
-        line = [torch.lerp(z1, z2, i / max(1, count - 1)) for i in range(count)]
-        return self.decode(torch.stack(line, 1))
+        direction = self.encode(x2) - self.encode(x1)
+        return self.edit(x1, direction, [i / (count - 1) for i in range(count)])
 
     def mix(self, x1, x2):
         """Every x1's code with a random half of its dimensions replaced by every x2's (Figure 12).
@@ -269,7 +255,7 @@ class DCVAE(nn.Module):
         return self.decode(torch.where(from_x2, z2, z1))
 
     def edit(self, x, direction, amounts):
-        """Images at x's code plus amounts times `direction` (L,) (A.2).
+        """Images at x's code plus amounts times `direction`, (L,) or (B, L) (A.2).
 
         x (B, C, H, W) -> (B, len(amounts), C, H, W).
         """
@@ -279,6 +265,7 @@ class DCVAE(nn.Module):
 
 # ---- Special to this model -----------------------------------------------------------------------
 # Its losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms.
+# Then its game: a step, an update of one player, the averages that follow.
 
 def gaussian_kl(mean, log_var):
     """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
@@ -348,6 +335,56 @@ def gradient_penalty(discriminator, real, fake):
     return (gradient.square().sum((1, 2, 3)).sqrt() - 1).square()
 
 
+def train_step(cfg, model, player_terms, optimizer, batches, step):
+    """An update of D on each batch, then one of encoder and decoder on the last -> means of terms.
+
+    --loss vae has no D. The contrast is of the last batch alone: D's last update and that of
+    encoder and decoder have it, with the same keys. The terms are those of these two updates.
+    D is frozen in the second: gradients pass through it to the decoder, its own weights get none.
+    """
+    x = batches[-1]
+    where = None
+    keys = None
+    means = {}
+    if model.discriminator:
+        for batch in batches[:-1]:
+            update(cfg, model, player_terms, optimizer, "discriminator", batch)
+        if model.contrastive:
+            update_average(model.momentum_discriminator, model.discriminator, cfg.momentum)
+            if cfg.patch_after is not None and step > cfg.patch_after:
+                where = torch.rand(len(BLOCKS), 2, device=cfg.device)
+            with autocast(cfg):
+                keys = model.encode_keys(x, where)
+        means |= update(cfg, model, player_terms, optimizer, "discriminator", x, where, keys)
+        model.discriminator.requires_grad_(False)
+    means |= update(cfg, model, player_terms, optimizer, "autoencoder", x, where, keys)
+    if model.discriminator:
+        model.discriminator.requires_grad_(True)
+    if model.contrastive:
+        model.enqueue(keys)
+    # The decay grows with the step, else a short run's average would be of its random start.
+    decay = min(cfg.ema, step / (step + 9))
+    update_average(model.averaged_decoder, model.decoder, decay)
+    return means
+
+
+def update(cfg, model, player_terms, optimizer, player, x, where=None, keys=None):
+    """One step of Adam on the weighted sum of a player's terms, Eqs. (5), (9) -> their means.
+
+    `player` is that of `DCVAE.forward`. The other one has no gradients, so Adam passes over it.
+    """
+    with autocast(cfg):
+        terms = player_terms(x, where, keys, player=player)
+    loss = 0
+    for name, values in terms.items():
+        if name in model.weights:
+            loss = loss + model.weights[name] * values.mean()
+    optimizer.zero_grad()  # the other player's gradients too
+    loss.backward()
+    optimizer.step()
+    return {name: values.detach().mean() for name, values in terms.items()}
+
+
 @torch.no_grad()
 def update_average(average, model, decay):
     """average ← decay·average + (1 - decay)·model, of parameters and buffers.
@@ -399,10 +436,7 @@ BLOCKS = ("b1", "b2", "b3", "b4")
 
 # Changed from vae.py: residual blocks with spectral norm, z is a vector
 class Encoder(nn.Module):
-    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32.
-
-    log σ² is cut at 20, long before exp overflows.
-    """
+    """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32."""
 
     def __init__(self, channels, width, latent):
         super().__init__()
@@ -410,11 +444,7 @@ class Encoder(nn.Module):
         self.linear = spectral_norm(nn.Linear(width, 2 * latent, bias=False))
 
     def forward(self, x):
-        h = x
-        for block in self.blocks:
-            h = block(h)
-        mean, log_var = self.linear(pool(h)).float().chunk(2, 1)
-        return mean, log_var.clamp(max=20)
+        return mean_and_log_var(self.linear(pool(self.blocks(x))))
 
 
 def start_side(size):
@@ -437,17 +467,13 @@ class Decoder(nn.Module):
         side = start_side(size)
         self.enter = nn.Sequential(nn.Linear(latent, width * side**2),
                                    nn.Unflatten(1, (width, side, side)))
-        self.cells = nn.ModuleList([  # modes, earlier cells, shortcuts: as AutoGAN's search found
-            UpCell(width, "nearest", 0, True),
-            UpCell(width, "bilinear", 1, True),
-            UpCell(width, "nearest", 2, False)])
+        self.cells = nn.ModuleList([  # as AutoGAN's search found
+            UpCell(width, "nearest", earlier_cells=0),
+            UpCell(width, "bilinear", earlier_cells=1),
+            UpCell(width, "nearest", earlier_cells=2, shortcut=False)])
         self.leave = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(),
                                    nn.Conv2d(width, channels, 3, padding=1))
-        # Xavier here and in D's heads only. The release calls it for all convs, but it does not
-        # reach those with spectral norm.
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.xavier_uniform_(layer.weight)
+        self.apply(xavier)
 
     def forward(self, z):
         h = self.enter(z)
@@ -478,8 +504,7 @@ class Discriminator(nn.Module):
                 side = size // 2 if name == "b1" else size // 4  # of the block's output
                 self.heads[name] = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Flatten(),
                                                  nn.Linear(side**2, FEATURE_DIM, bias=False))
-        for head in self.heads.values():
-            nn.init.xavier_uniform_(head[0].weight)
+        self.heads.apply(xavier)
 
     def forward(self, x, where=None):
         features = {}
@@ -524,11 +549,12 @@ def growth(cfg, size, step):
         return size, 1.0
     phase, done = divmod(step - 1, cfg.phase_steps)
     side = FIRST_SIDE * 2**((phase + 1) // 2)
-    fading = phase % 2 == 1 and side <= size
-    return min(side, size), (done + 1) / cfg.phase_steps if fading else 1.0
+    if side > size:
+        return size, 1.0
+    return side, (done + 1) / cfg.phase_steps if phase % 2 else 1.0
 
 
-def at_side(x, side, alpha):
+def at_side(x, side, alpha=1):
     """Images (B, C, H, W) averaged down to `side`, their details faded in as layers do, with α."""
     x = F.avg_pool2d(x, x.shape[-1] // side)
     if alpha < 1:
@@ -546,29 +572,23 @@ class GrowingEncoder(nn.Module):
     def __init__(self, latent, channels, maps):
         super().__init__()
         self.body = GrowingBody(channels, maps, deviation=False)
-        self.linear = ScaledConv(maps[0], 2 * latent, 1, linear=True)
+        self.linear = ScaledConv(maps[0], 2 * latent)
 
     def forward(self, x):
         _, h = self.body(x)
-        mean, log_var = self.linear(h).flatten(1).float().chunk(2, 1)
-        return mean, log_var.clamp(max=20)
+        return mean_and_log_var(self.linear(h).flatten(1))
 
 
 class Growing(nn.Module):
     """Networks with layers for each side, of which those up to 4 · 2^level are in use.
 
-    The newest count by the share `alpha`, the network without them by 1 - alpha. Both follow from
-    the step, by `growth`: they are not in checkpoints.
+    The newest count by the share `alpha`, the network without them by 1 - alpha. `DCVAE.grow` sets
+    both. They follow from the step, by `growth`, and are not in checkpoints.
     """
-
-    def __init__(self, maps):
-        super().__init__()
-        self.level = len(maps) - 1
-        self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def blend(self, without, with_newest):
         """What the network is without its newest layers, and with them -> what it is now."""
-        alpha = self.alpha.to(with_newest.dtype)
+        alpha = torch.tensor(self.alpha, dtype=with_newest.dtype)
         return (1 - alpha) * without + alpha * with_newest
 
 
@@ -576,26 +596,25 @@ class GrowingDecoder(Growing):
     """ProGAN's generator: z (B, L) -> image (B, C, side, side), fp32, not bounded."""
 
     def __init__(self, latent, channels, maps):
-        super().__init__(maps)
+        super().__init__()
         # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something to
         # q(z|x), and to the KL.
         c = maps[0]
-        self.blocks = nn.ModuleList([nn.Sequential(
-            ScaledConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
-            ScaledConv(c, c, 3, padding=1), PixelNorm())])
+        self.blocks = nn.Sequential(nn.Sequential(
+            LeakyConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
+            LeakyConv(c, c, 3, padding=1), PixelNorm()))
         for c, next_c in zip(maps, maps[1:]):
             self.blocks.append(nn.Sequential(
-                nn.Upsample(scale_factor=2), ScaledConv(c, next_c, 3, padding=1), PixelNorm(),
-                ScaledConv(next_c, next_c, 3, padding=1), PixelNorm()))
-        self.to_image = nn.ModuleList([ScaledConv(c, channels, 1, linear=True) for c in maps])
+                nn.Upsample(scale_factor=2), LeakyConv(c, next_c, 3, padding=1), PixelNorm(),
+                LeakyConv(next_c, next_c, 3, padding=1), PixelNorm()))
+        self.to_image = nn.ModuleList([ScaledConv(c, channels) for c in maps])
 
     def forward(self, z):
-        h = z[:, :, None, None]
-        for block in self.blocks[:self.level]:
-            h = block(h)
-        smaller = F.interpolate(self.to_image[self.level - 1](h).float(), scale_factor=2)
-        h = self.blocks[self.level](h)
-        return self.blend(smaller, self.to_image[self.level](h).float())
+        level = self.level
+        h = self.blocks[:level](z[:, :, None, None])
+        smaller = F.interpolate(self.to_image[level - 1](h).float(), scale_factor=2)
+        h = self.blocks[level](h)
+        return self.blend(smaller, self.to_image[level](h).float())
 
 
 class GrowingBody(Growing):
@@ -605,23 +624,24 @@ class GrowingBody(Growing):
     """
 
     def __init__(self, channels, maps, deviation):
-        super().__init__(maps)
+        super().__init__()
         self.deviation = deviation
-        self.from_image = nn.ModuleList([ScaledConv(channels, c, 1) for c in maps])
+        self.from_image = nn.ModuleList([LeakyConv(channels, c) for c in maps])
         self.blocks = nn.ModuleList()  # each halves the side: from 8, from 16, …
         for next_c, c in zip(maps, maps[1:]):
-            self.blocks.append(nn.Sequential(ScaledConv(c, c, 3, padding=1),
-                                             ScaledConv(c, next_c, 3, padding=1), nn.AvgPool2d(2)))
+            self.blocks.append(nn.Sequential(LeakyConv(c, c, 3, padding=1),
+                                             LeakyConv(c, next_c, 3, padding=1), nn.AvgPool2d(2)))
         c = maps[0]
-        self.last = nn.Sequential(ScaledConv(c + deviation, c, 3, padding=1),
-                                  ScaledConv(c, c, 4))  # 4x4 to 1x1
+        self.last = nn.Sequential(LeakyConv(c + deviation, c, 3, padding=1),
+                                  LeakyConv(c, c, 4))  # 4x4 to 1x1
 
     def forward(self, x):
-        x = F.avg_pool2d(x, x.shape[-1] // (4 * 2**self.level))
-        map_8 = self.from_image[self.level](x)
-        h = self.blocks[self.level - 1](map_8)
-        h = self.blend(self.from_image[self.level - 1](F.avg_pool2d(x, 2)), h)
-        for block in reversed(self.blocks[:self.level - 1]):
+        level = self.level
+        x = at_side(x, 4 * 2**level)
+        map_8 = self.from_image[level](x)
+        h = self.blocks[level - 1](map_8)
+        h = self.blend(self.from_image[level - 1](F.avg_pool2d(x, 2)), h)
+        for block in reversed(self.blocks[:level - 1]):
             map_8 = h  # at last what the block from 8x8 to 4x4 reads
             h = block(h)
         if self.deviation:
@@ -639,13 +659,13 @@ class GrowingDiscriminator(nn.Module):
     def __init__(self, channels, maps, layers):
         super().__init__()
         self.body = GrowingBody(channels, maps, deviation=True)
-        self.score = ScaledConv(maps[0], 1, 1, linear=True)
+        self.score = ScaledConv(maps[0], 1)
         self.heads = nn.ModuleDict()
         if "b8" in layers:
-            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1, 1, linear=True),
-                                             ScaledConv(1, FEATURE_DIM, 8, linear=True))
+            self.heads["b8"] = nn.Sequential(ScaledConv(maps[1], 1),
+                                             ScaledConv(1, FEATURE_DIM, 8))
         if "final" in layers:
-            self.heads["final"] = ScaledConv(maps[0], FEATURE_DIM, 1, linear=True)
+            self.heads["final"] = ScaledConv(maps[0], FEATURE_DIM)
 
     def forward(self, x, where=None):
         map_8, h = self.body(x)
@@ -659,11 +679,29 @@ class GrowingDiscriminator(nn.Module):
 # ---- Building blocks -----------------------------------------------------------------------------
 # Residual blocks down, AutoGAN's cells up (A.5, Figure 15); from ScaledConv on Progressive GAN's.
 
+def mean_and_log_var(h):
+    """What an encoder ends with, (B, 2L) -> μ and log σ² (B, L), fp32.
+
+    log σ² is cut at 20, long before exp overflows.
+    """
+    mean, log_var = h.float().chunk(2, 1)
+    return mean, log_var.clamp(max=20)
+
+
+def xavier(layer):
+    """Xavier's start for a conv: of the decoder and of D's heads.
+
+    The release calls it for all convs, but it does not reach those with spectral norm.
+    """
+    if isinstance(layer, nn.Conv2d):
+        nn.init.xavier_uniform_(layer.weight)
+
+
 def pool(h):
     """ReLU and 64 times the mean over the map: (B, width, H, W) -> (B, width).
 
     At 32x32 this is the released sum over 8x8 positions. A sum over a larger map would be larger,
-    and log σ² would start beyond the 20 that Encoder allows.
+    and log σ² would start beyond the 20 that are allowed.
     """
     return 64 * F.relu(h).mean((2, 3))
 
@@ -678,7 +716,7 @@ class DownBlock(nn.Module):
     def __init__(self, c_in, c_out, first=False, halve=False):
         super().__init__()
         self.first = first
-        self.halve = halve
+        self.shrink = nn.AvgPool2d(2) if halve else nn.Identity()
         self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve else nn.Identity()
@@ -686,17 +724,15 @@ class DownBlock(nn.Module):
     def forward(self, h):
         out = self.conv1(h if self.first else F.relu(h))
         out = self.conv2(F.relu(out))
-        if self.halve:  # a 1x1 conv of means is the mean of 1x1 convs, and cheaper
-            out = F.avg_pool2d(out, 2)
-            h = F.avg_pool2d(h, 2)
-        return out + self.shortcut(h)
+        # A 1x1 conv of means is the mean of 1x1 convs, and cheaper.
+        return self.shrink(out) + self.shortcut(self.shrink(h))
 
 
 def down_blocks(channels, width):
     """The four blocks of encoder and discriminator: (B, C, H, W) -> (B, width, H/4, W/4)."""
-    return nn.ModuleList([DownBlock(channels, width, first=True, halve=True),
-                          DownBlock(width, width, halve=True),
-                          DownBlock(width, width), DownBlock(width, width)])
+    return nn.Sequential(DownBlock(channels, width, first=True, halve=True),
+                         DownBlock(width, width, halve=True),
+                         DownBlock(width, width), DownBlock(width, width))
 
 
 class UpCell(nn.Module):
@@ -706,7 +742,7 @@ class UpCell(nn.Module):
     cells before this one, enlarged; the cells after this one add it to theirs.
     """
 
-    def __init__(self, width, mode, earlier_cells, shortcut):
+    def __init__(self, width, mode, earlier_cells, shortcut=True):
         super().__init__()
         self.mode = mode
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
@@ -715,35 +751,45 @@ class UpCell(nn.Module):
         self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
 
     def forward(self, h, earlier_skips):
-        size = (2 * h.shape[2], 2 * h.shape[3])
-        skip = self.conv1(F.interpolate(F.relu(h), size=size, mode=self.mode))
+        side = 2 * h.shape[2]
+
+        def up(smaller):
+            return F.interpolate(smaller, side, mode=self.mode)
+
+        skip = self.conv1(up(F.relu(h)))
         for conv, earlier_skip in zip(self.skips, earlier_skips):
-            # Enlarged after the 1x1 conv: the same values, less work.
-            skip = skip + F.interpolate(conv(earlier_skip), size=size, mode=self.mode)
+            skip = skip + up(conv(earlier_skip))  # after the 1x1 conv: the same values, less work
         out = self.conv2(F.relu(skip))
         if self.shortcut is not None:
-            out = out + F.interpolate(self.shortcut(h), size=size, mode=self.mode)
+            out = out + up(self.shortcut(h))
         return out, skip
 
 
 class ScaledConv(nn.Conv2d):
-    """A conv, followed by a leaky ReLU if it is not `linear`.
+    """A conv whose weights begin at N(0, 1), multiplied by gain / √fan_in where they are used.
 
-    Its weights begin at N(0, 1), and are multiplied by gain / √fan_in where they are used: one rate
-    of Adam, whose steps are of one size, is then the same relative change in every layer.
+    One rate of Adam, whose steps are of one size, is then the same relative change in every layer.
     """
 
-    def __init__(self, c_in, c_out, kernel, padding=0, linear=False):
+    gain = 1
+
+    def __init__(self, c_in, c_out, kernel=1, padding=0):
         super().__init__(c_in, c_out, kernel, padding=padding)
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
-        gain = 1 if linear else math.sqrt(2)
-        self.scale = gain / math.sqrt(c_in * kernel**2)
-        self.linear = linear
+        self.scale = self.gain / math.sqrt(c_in * kernel**2)
 
     def forward(self, h):
-        h = self._conv_forward(h, self.weight * self.scale, self.bias)
-        return h if self.linear else F.leaky_relu(h, 0.2)
+        return self._conv_forward(h, self.weight * self.scale, self.bias)
+
+
+class LeakyConv(ScaledConv):
+    """The same, followed by a leaky ReLU."""
+
+    gain = math.sqrt(2)
+
+    def forward(self, h):
+        return F.leaky_relu(super().forward(h), 0.2)
 
 
 class PixelNorm(nn.Module):
@@ -775,8 +821,7 @@ def train(cfg, model, images, folder, checkpoint):
 
     Without a checkpoint a new run is made in `folder`, else the one in it goes on.
     """
-    if images.labels is not None:
-        label_values(cfg, images, "train")  # reports a wrong flag now, not after training
+    label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
     d_steps = cfg.d_steps if model.adversarial else 1
     data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
@@ -799,7 +844,7 @@ def train(cfg, model, images, folder, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
     if total < state["step"]:
         raise UserError(f"this run has done {state['step']} steps, so it cannot end at {total}")
-    synchronised = world > 1 and torch.device(cfg.device).type == "cuda"
+    synchronised = world > 1 and cfg.device.startswith("cuda")
     if synchronised:  # SyncBatchNorm exists on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # torch.compile traces neither that nor a gradient's gradient, and begins anew at every side.
@@ -835,78 +880,6 @@ def train(cfg, model, images, folder, checkpoint):
             if step == total or time.perf_counter() > saved + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
                 saved = time.perf_counter()
-
-
-def train_step(cfg, model, player_terms, optimizer, batches, step):
-    """An update of D on each batch, then one of encoder and decoder on the last -> means of terms.
-
-    --loss vae has no D. The contrast is of the last batch alone: D's last update and that of
-    encoder and decoder have it, with the same keys. The terms are those of these two updates.
-    """
-    x = batches[-1]
-    where = None
-    keys = None
-    means = {}
-    if model.discriminator:
-        for batch in batches[:-1]:
-            update_discriminator(cfg, model, player_terms, optimizer, batch)
-        if model.contrastive:
-            update_average(model.momentum_discriminator, model.discriminator, cfg.momentum)
-            where = patch_places(cfg, step)
-            with autocast(cfg):
-                keys = model.encode_keys(x, where)
-        means |= update_discriminator(cfg, model, player_terms, optimizer, x, where, keys)
-    means |= update_autoencoder(cfg, model, player_terms, optimizer, x, where, keys)
-    if model.contrastive:
-        model.enqueue(keys)
-    # The decay grows with the step, else a short run's average would be of its random start.
-    decay = min(cfg.ema, step / (step + 9))
-    update_average(model.averaged_decoder, model.decoder, decay)
-    return means
-
-
-def update_discriminator(cfg, model, player_terms, optimizer, x, where=None, keys=None):
-    """One update of D on images x -> the means of `discriminator_terms`.
-
-    Encoder and decoder have no gradients there, so Adam passes over them.
-    """
-    with autocast(cfg):
-        terms = player_terms(x, where, keys, player="discriminator")
-    return update(model, optimizer, terms)
-
-
-def update_autoencoder(cfg, model, player_terms, optimizer, x, where=None, keys=None):
-    """One update of encoder and decoder on images x -> the means of `autoencoder_terms`.
-
-    D is frozen: gradients pass through it to the decoder, but its own weights get none.
-    """
-    if model.discriminator:
-        model.discriminator.requires_grad_(False)
-    with autocast(cfg):
-        terms = player_terms(x, where, keys, player="autoencoder")
-    means = update(model, optimizer, terms)
-    if model.discriminator:
-        model.discriminator.requires_grad_(True)
-    return means
-
-
-def update(model, optimizer, terms):
-    """One step of Adam on the weighted sum of a player's terms, Eqs. (5), (9) -> their means."""
-    loss = 0
-    for name, values in terms.items():
-        if name in model.weights:
-            loss = loss + model.weights[name] * values.mean()
-    optimizer.zero_grad()  # the other player's gradients too
-    loss.backward()
-    optimizer.step()
-    return {name: values.detach().mean() for name, values in terms.items()}
-
-
-def patch_places(cfg, step):
-    """A random place in each block for local patches, (4, 2) in [0, 1); None before they begin."""
-    if cfg.patch_after is None or step <= cfg.patch_after:
-        return None
-    return torch.rand(len(BLOCKS), 2, device=cfg.device)
 
 
 def fid_reference(cfg, images):
@@ -953,8 +926,7 @@ def evaluate(cfg, model, images, folder, state):
 
     Beside each number stands how it was made.
     """
-    if images.labels is not None:
-        label_values(cfg, images, "train")  # reports a wrong flag before anything is written
+    label_values(cfg, images, "train")  # reports a wrong flag before anything is written
     model.grow(*growth(cfg, images.size, state["step"]))
     with inference(cfg, model):
         test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
@@ -973,14 +945,14 @@ def evaluate(cfg, model, images, folder, state):
             # arcs from one to another, whole images.
             results |= path_length_metrics(model.averaged_decoder, cfg.latent, cfg.path_length,
                                            cfg.device, cfg.lpips_weights)
+        save_figures(cfg, model, images, folder, "test", state["step"])
+        title = sheet_title(cfg, images, "test", state["step"])
+        for save_sheets in (save_interpolations, save_mixing, save_editing):
+            save_sheets(cfg, model, images, folder, title)
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema,
             **cost_of(cfg, model, state),
         }
-        save_figures(cfg, model, images, folder, "test", state["step"])
-        save_interpolations(cfg, model, images, folder, state["step"])
-        save_mixing(cfg, model, images, folder, state["step"])
-        save_editing(cfg, model, images, folder, state["step"])
     results |= probe(cfg, model, images)
     write_results(folder, results)
 
@@ -991,23 +963,21 @@ def distances(model, batches, vgg=None):
     Also the mean KL in nats, per image and per latent dimension, and `active`, the number of
     dimensions in which it is above 0.05 nats (our threshold).
     """
-    columns = {"pixel_distance": [], "perceptual_distance": [], "kl": []}
+    pixel = []
+    perceptual = []
+    kl = []
     for x in progress("distances", batches, batches.count):
-        mean, log_var = model.encoder(x)
-        z = sample_code(mean, log_var) if model.cfg.draw_code else mean
-        x_hat = model.decode(z)
-        columns["pixel_distance"].append(pixel_distance(x, x_hat).cpu())
-        columns["kl"].append(gaussian_kl(mean, log_var).cpu())
+        x_hat = model.reconstruct(x)
+        pixel.append(pixel_distance(x, x_hat))
+        kl.append(gaussian_kl(*model.encoder(x)))
         if vgg:
-            columns["perceptual_distance"].append(perceptual_distance(vgg, x, x_hat).cpu())
-    kl = torch.cat(columns.pop("kl")).mean(0)  # (L,)
-    means = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
-    results = {**means, "kl": kl.sum().item(), "kl_per_dim": kl.mean().item(),
-               "active": (kl > 0.05).sum().item()}
-    if not math.isfinite(sum(results.values())):
-        raise FloatingPointError(f"the distances are not finite, {results}; "
-                                 "the last checkpoint, if any, is kept")
-    return results
+            perceptual.append(perceptual_distance(vgg, x, x_hat))
+    results = {"pixel_distance": torch.cat(pixel).mean().item()}
+    if vgg:
+        results["perceptual_distance"] = torch.cat(perceptual).mean().item()
+    kl = torch.cat(kl).mean(0)  # (L,)
+    return results | {"kl": kl.sum().item(), "kl_per_dim": kl.mean().item(),
+                      "active": (kl > 0.05).sum().item()}
 
 
 # Changed from vae.py: of reconstructions too
@@ -1029,61 +999,68 @@ def fid(cfg, model, images, test):
 
 
 def label_values(cfg, images, split):
-    """The labels of a split in --label_column -> int64 (N,).
+    """The labels of a split in --label_column -> int64 (N,), or None where there are none.
 
     UserError where there is no such column, or where the training images have no --label_value.
     """
-    columns = images.labels[split].reshape(len(images.labels[split]), -1)
+    if images.labels is None:
+        return None
+    labels = images.labels[split]
+    columns = labels.reshape(len(labels), -1)
     if cfg.label_column >= columns.shape[1]:
         raise UserError(f"--label_column {cfg.label_column}: the labels of {images.name} have "
                         f"columns 0 to {columns.shape[1] - 1}")
-    labels = torch.from_numpy(columns[:, cfg.label_column].astype(np.int64))
+    labels = columns[:, cfg.label_column].astype(np.int64)
     if split == "train" and cfg.label_value is not None and cfg.label_value not in labels:
         raise UserError(f"--label_value {cfg.label_value}: the labels of {images.name} are "
-                        f"{labels.unique().tolist()}")
+                        f"{np.unique(labels).tolist()}")
     return labels
 
 
 def probe(cfg, model, images):
     """Table 6: test errors of a linear classifier on codes, and of the same on pixels, in percent.
 
-    Codes are the means of q(z|x). The classifier learns from at most 60,000 training images, and
-    from at most ten times --eval_images. Without labels the result is empty.
+    The classifier learns from at most 60,000 training images, and from at most ten times
+    --eval_images. Without labels the result is empty.
     """
     if images.labels is None:
         return {}
-    most = {"train": 60_000, "test": cfg.eval_images}  # enough for a linear classifier
-    if cfg.eval_images:
-        most["train"] = min(60_000, 10 * cfg.eval_images)
-    codes = {}
-    pixels = {}
-    labels = {}
-    for split in ("train", "test"):
-        batches = evaluation_batches(getattr(images, split), cfg.device, most[split])
-        of_codes = []
-        of_pixels = []
-        with inference(cfg, model):
-            for x in progress(f"codes, {split}", batches, batches.count):
-                of_codes.append(model.encode(x))
-                # Averaged down to 32 to 63 a side: 60,000 larger images would not fit into memory.
-                of_pixels.append(F.avg_pool2d(x, max(1, images.size // 32)).flatten(1))
-        codes[split] = torch.cat(of_codes)
-        pixels[split] = torch.cat(of_pixels)
-        labels[split] = label_values(cfg, images, split)[:batches.count].to(cfg.device)
-    results = {"probe_images": len(codes["train"])}
-    for name, features in (("probe", codes), ("pixels", pixels)):
-        print(f"linear classifier, {name}", flush=True)
-        error, half_width = linear_probe(features["train"], labels["train"],
-                                         features["test"], labels["test"])
+    most = min(60_000, 10 * (cfg.eval_images or 6_000))
+    codes, pixels, labels = probe_data(cfg, model, images, "train", most)
+    test_codes, test_pixels, test_labels = probe_data(cfg, model, images, "test", cfg.eval_images)
+    results = {"probe_images": len(labels)}
+    for name, train, test in (("probe", codes, test_codes), ("pixels", pixels, test_pixels)):
+        error, half_width = linear_probe(train, labels, test, test_labels)
         results[f"{name}_error_percent"] = error
         results[f"{name}_error_percent_ci95"] = half_width
     return results
 
 
+def probe_data(cfg, model, images, split, count):
+    """Codes (N, L), the means of q(z|x), pixels (N, d) and labels (N,) of `count` images at most.
+
+    Images are averaged down to 32 to 63 a side: 60,000 larger ones would not fit into memory.
+    """
+    batches = evaluation_batches(getattr(images, split), cfg.device, count)
+    codes = []
+    pixels = []
+    with inference(cfg, model):
+        for x in progress(f"codes, {split}", batches, batches.count):
+            codes.append(model.encode(x))
+            pixels.append(F.avg_pool2d(x, max(1, images.size // 32)).flatten(1))
+    labels = label_values(cfg, images, split)[:batches.count]
+    return torch.cat(codes), torch.cat(pixels), torch.from_numpy(labels).to(cfg.device)
+
+
+def as_batch(pixels, device):
+    """Some images of a split, uint8 (N, H, W, C) -> (N, C, H, W) in [-1, 1]."""
+    return next(iter(Batches(pixels, len(pixels), device)))
+
+
 # Changed from vae.py: codes instead of noise
 def save_figures(cfg, model, images, folder, split, step):
     """Sheets: samples/; reconstructions/ of the split's first images, rows x, x̂."""
-    x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
+    x = as_batch(getattr(images, split)[:32], cfg.device)
     title = sheet_title(cfg, images, split, step)
     sampled = reconstructed = "test" if split == "test" else f"{step:06d}"
     prior = "z ~ N(0, 1)"
@@ -1100,59 +1077,50 @@ def save_figures(cfg, model, images, folder, split, step):
                {"x": x, "x̂": model.reconstruct(x)})
 
 
-def first_images(array, count, device):
-    """The first `count` images of a split, (count, C, H, W). A smaller split is repeated."""
-    x = next(iter(Batches(array, count, device, count=count)))
-    return x[torch.arange(count, device=x.device) % len(x)]
-
-
-def save_interpolations(cfg, model, images, folder, step):
+def save_interpolations(cfg, model, images, folder, title):
     """interpolations/: each row leads from one test image to another."""
-    x = first_images(images.test, 8, cfg.device)
+    x = as_batch(images.test[:8], cfg.device)
     lines = model.interpolate(x, x.roll(1, 0))  # (8, 8, C, H, W)
     save_sheet(folder / "interpolations" / "test.png",
-               f"{sheet_title(cfg, images, 'test', step)}\nfrom one image's code to another's",
+               f"{title}\nfrom one image's code to another's",
                {"along z": lines.flatten(0, 1)}, keep_columns=True)
 
 
-def save_mixing(cfg, model, images, folder, step):
+def save_mixing(cfg, model, images, folder, title):
     """mixing/: images on the left, with half of the codes of those in the top row (Figure 12)."""
     n = 7 if images.size <= 32 else 3  # as many as fit
-    x = first_images(images.test, 2 * n, cfg.device)
+    x = as_batch(images.test[:2 * n], cfg.device)
     left = x[:n]
-    top = x[n:]
+    top = x[-n:]
     corner = torch.ones_like(x[:1])
     rows = {"half of z from these": torch.cat([corner, top])}
     for i, mixed in enumerate(model.mix(left, top)):
         rows[f"half of z from image {i + 1}"] = torch.cat([left[i:i + 1], mixed])
-    save_sheet(folder / "mixing" / "test.png", sheet_title(cfg, images, "test", step), rows,
-               columns=n + 1, keep_columns=True)
+    save_sheet(folder / "mixing" / "test.png", title, rows, columns=n + 1, keep_columns=True)
 
 
-def save_editing(cfg, model, images, folder, step):
+def save_editing(cfg, model, images, folder, title):
     """editing/: rows of x, then images at its code plus 0, ½, 1 … 3 times a direction (A.2).
 
     The direction goes from images without --label_value to images with it: the difference of the
     mean codes of 20 training images each. No figure without labels, or where all are the same.
     """
-    if images.labels is None:
-        return
     labels = label_values(cfg, images, "train")
-    value = labels.max().item() if cfg.label_value is None else cfg.label_value
-    have = (labels == value).nonzero()[:20, 0]
-    lack = (labels != value).nonzero()[:20, 0]
-    others = (label_values(cfg, images, "test") != value).nonzero()[:8, 0]
+    if labels is None:
+        return
+    value = labels.max() if cfg.label_value is None else cfg.label_value
+    have = np.flatnonzero(labels == value)[:20]
+    lack = np.flatnonzero(labels != value)[:20]
+    others = np.flatnonzero(label_values(cfg, images, "test") != value)[:8]
     if len(lack) == 0 or len(others) == 0:
         return
-    with_it = next(iter(Batches(images.train[have.numpy()], 20, cfg.device)))
-    without_it = next(iter(Batches(images.train[lack.numpy()], 20, cfg.device)))
-    x = next(iter(Batches(images.test[others.numpy()], 20, cfg.device)))
-    direction = model.encode(with_it).mean(0) - model.encode(without_it).mean(0)
-    edited = model.edit(x, direction, [i / 2 for i in range(7)])
+    with_it = model.encode(as_batch(images.train[have], cfg.device))
+    without_it = model.encode(as_batch(images.train[lack], cfg.device))
+    x = as_batch(images.test[others], cfg.device)
+    edited = model.edit(x, with_it.mean(0) - without_it.mean(0), [i / 2 for i in range(7)])
     rows = torch.cat([x.unsqueeze(1), edited], 1).flatten(0, 1)
     save_sheet(folder / "editing" / f"test-{cfg.label_column}-{value}.png",
-               f"{sheet_title(cfg, images, 'test', step)}\n"
-               f"x, then its code plus 0, ½, 1 … 3 times the direction to label {value}",
+               f"{title}\nx, then its code plus 0, ½, 1 … 3 times the direction to label {value}",
                {"x, x̂ of edited z": rows}, keep_columns=True)
 
 
