@@ -951,7 +951,7 @@ def evaluate(cfg, model, images, folder, state):
             save_sheets(cfg, model, images, folder, title)
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema,
-            **cost_of(cfg, model, state),
+            **cost_of(cfg, model, state),  # last: it takes as many samples as time allows
         }
     results |= probe(cfg, model, images)
     write_results(folder, results)
@@ -980,7 +980,6 @@ def distances(model, batches, vgg=None):
                       "active": (kl > 0.05).sum().item()}
 
 
-# Changed from vae.py: of reconstructions too
 def fid(cfg, model, images, test):
     """FID against train and test, and Inception Score: of --fid samples, then of reconstructions.
 

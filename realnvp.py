@@ -461,11 +461,11 @@ def evaluate(cfg, model, images, folder, state):
             "test_images": test.count,
             **terms,
             "inverse_error": model.inverse_error(next(iter(test))).max().item(),
-            **cost_of(cfg, model, state),
         }
         if cfg.fid and not model.plane:
             results |= fid_of_samples(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
+        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
     write_results(folder, results)
 
 

@@ -463,8 +463,8 @@ class ConditionalDecoder(nn.Module):
 
 
 # NOTE(paper): --exact is ours. In the paper pixels are independent given y_k and z_k, and most
-# images that are drawn have another d than y_k. So the bound pays for y_k twice, in its own term and
-# in that of y_{k+1}. With --exact only a y_{k+1} whose d is y_k has a probability.
+# images that are drawn have another d than y_k. So the bound pays for y_k twice, in its own term
+# and in that of y_{k+1}. With --exact only a y_{k+1} whose d is y_k has a probability.
 #
 # What y = d(x) leaves possible: the lowest and the highest value of each channel of one pixel. All
 # are pixel values, int: y (B, C_y, h, w); `pixels`, those of the same block that are drawn before;
@@ -695,7 +695,6 @@ def evaluate(cfg, model, images, folder, state):
             "re_nats": sum(terms[name] for name in terms if name.startswith("re_")),
             "kl_nats": sum(terms[name] for name in terms if name.startswith("kl_")),
             **terms,
-            **cost_of(cfg, model, state),
         }
         if cfg.fid:
             results |= fid_of_samples(cfg, model, images)
@@ -704,6 +703,7 @@ def evaluate(cfg, model, images, folder, state):
         table = rates(cfg, model, iw_test, dims)
         if model.K and cfg.transform == "downscale":
             results["bicubic_psnr"] = bicubic_psnr(model, iw_test)
+        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
     write_results(folder, results, table)
 
 

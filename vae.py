@@ -478,11 +478,11 @@ def evaluate(cfg, model, images, folder, state):
             "re_nats": terms["re_x"],
             "kl_nats": terms["kl_z"],
             **terms,
-            **cost_of(cfg, model, state),
         }
         if cfg.fid:
             results |= fid_of_samples(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
+        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
     write_results(folder, results)
 
 
