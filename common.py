@@ -148,6 +148,8 @@ def load_images(name, data_dir, size=None):
         key = _folder_key(folder, data_dir)
         place = f"{title}-{key}"
     size = size or side
+    if size < 8:
+        raise UserError(f"--size {size} is too small: images need at least 8 pixels a side")
     stored = data_dir / f"{place}-{size}"
     if processes()[0] == 0 and not stored.is_dir():
         print(f"preparing {_printable(stored)} (once, by one process at a time)", flush=True)
