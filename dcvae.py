@@ -8,22 +8,23 @@
                        --loss contrastive  contrast + kl         Eqs. (6), (8)
                        --loss dcvae        contrast + gan + kl   Eq. (9)
 
-Encoder and decoder minimise these losses. The discriminator D plays against them in gan, and
-minimises the contrast together with them.
+Encoder and decoder minimise these losses, in which kl weighs 6.4e-5, in vae 1 (--kl_weight). The
+discriminator D plays against them in gan, and minimises the contrast together with them.
 
-    python dcvae.py --small --steps 400                built-in shapes, ten minutes on a laptop
-    python dcvae.py --dataset cifar10                  the paper's size, for a GPU: FID 17.9 in its
-                                                       Table 1
+    python dcvae.py --small --steps 400                built-in shapes, ten to twenty minutes of a
+                                                       CPU core
+    python dcvae.py --dataset cifar10 --fid 50000      the paper's size, for a GPU: FID 17.9 in the
+                                                       paper's Table 1
     python dcvae.py --dataset mnist --latent 16        representation: 1.30 % errors of a linear
-                                                       classifier in its Table 6
+                                                       classifier in the paper's Table 6
 
 Paper: arXiv:2011.10063; "released" is its authors' code. Derivation, logged terms, differences from
 the paper: docs/dcvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent
-    score (B,) of images in D, > 0 for what looks real; D(x) of Eq. (4) is its sigmoid
-    features {layer: (B, d)} of images in D, the paper's F_D
+    score (B,) of D, larger for what looks real; D(x) of Eq. (4) is its sigmoid
+    features {layer: (B, d)} of D, the paper's F_D
     keys {layer: (B, d)} features of real images in a slow average of D, scaled to length 1
 """
 
@@ -59,41 +60,41 @@ from common import (
 # ---- The model -----------------------------------------------------------------------------------
 
 class DCVAE(nn.Module):
-    """The networks that --loss needs, for images of shape (C, H, W), H = W as --backbone can."""
+    """The networks of --loss, for images of shape (C, H, W), H = W a side that --backbone takes."""
 
     def __init__(self, cfg, image_shape):
         super().__init__()
-        channels, self.size, _ = image_shape
+        channels, size, _ = image_shape
         self.cfg = cfg
+        self.size = size
         self.adversarial = cfg.loss in ("vaegan", "dcvae")
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
-        # Of the terms in a player's loss. Terms without a weight are only logged.
+        # Weights of the terms in a player's loss. A term without one is only logged.
         self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight,
                         "d_gan": 1, "d_penalty": 10, "d_contrast": 1}
         # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
-        # the first block, as here.
+        # the first block, as here by default at 32x32.
         self.layers = parse_layers(cfg) if self.contrastive else ()
-        self.encoder, self.decoder, self.discriminator = networks(
-            cfg, channels, self.size, self.layers)
+        self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
         if cfg.loss == "vae":
             self.discriminator = None
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:
             # Keys come from a slow average of D, so that the older ones in the queue are comparable
             # to new ones (He et al. 2020). At first the queue holds random directions. An image
-            # that comes again within K keys is its own negative, as in the release.
+            # that comes again while its old key is queued is its own negative, as in the release.
             self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
-            widths = dict.fromkeys(self.layers, FEATURE_DIM)
+            lengths = dict.fromkeys(self.layers, FEATURE_DIM)
             if cfg.patch_after is not None:
                 for name in BLOCKS:
-                    widths[f"patch_{name}"] = self.discriminator.linear.in_features
-            # Parameters that never learn: DDP would send buffers round before every pass.
+                    lengths[f"patch_{name}"] = self.discriminator.linear.in_features
+            # Frozen parameters: DDP would broadcast buffers before every pass.
             self.queue = nn.ParameterDict()
-            for name, d in widths.items():
+            for name, d in lengths.items():
                 self.queue[name] = F.normalize(torch.randn(cfg.negatives, d), dim=1)
             self.queue.requires_grad_(False)
             self.register_buffer("queued", torch.tensor(0))  # modulo K: the row of the oldest key
-        self.grow(self.size, 1.0)
+        self.grow(size, 1.0)
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class DCVAE(nn.Module):
         """What encoder and decoder minimise: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
         A contrast needs the `keys` of x, and for patches the places `where` they were taken, else
-        None. The gan has 2B samples for B reconstructions, as released.
+        these are None. The gan has B reconstructions and 2B samples, as released.
         """
         mean, log_var = self.encoder(x)
         z = sample_code(mean, log_var)
@@ -111,15 +112,15 @@ class DCVAE(nn.Module):
 
         if self.adversarial:
             z = torch.cat([z, torch.randn(2 * len(x), z.shape[1], device=x.device)])
-        fakes = self.decoder(z)  # x̂, then x̃: in one batch, so with one statistic for both
+        fakes = self.decoder(z)  # x̂, then x̃, in one batch: batch norm has one statistic for both
         scores, features = self.discriminator(fakes, where)
         terms = {}
         if self.cfg.loss == "vaegan":  # Eq. (3)
             with torch.no_grad():
-                _, of_x = self.discriminator(x)
+                _, real_features = self.discriminator(x)
             # NOTE(paper): in Eq. (5) D maximises the feature distance too, and would drive F(x) and
             # F(x̂) apart however alike x and x̂ look. Here D plays in gan alone.
-            difference = of_x["final"].float() - features["final"][:len(x)].float()
+            difference = real_features["final"].float() - features["final"][:len(x)].float()
             terms["feature"] = difference.square().sum(1)
         if self.contrastive:  # Eqs. (6), (8)
             terms["contrast"], _ = self.contrast(features, keys)
@@ -132,8 +133,8 @@ class DCVAE(nn.Module):
         """What D minimises, and how well D does: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
-            d_gan                           for gan, with B samples for B reconstructions
-            d_penalty                       with --gan wgan, towards x̂ or x̃, at random
+            d_gan                           for gan, with B reconstructions and B samples
+            d_penalty                       with --gan wgan, between x and x̂ or x̃, at random
             d_contrast                      where keys are given
             accuracy                        of the contrast, only logged
         """
@@ -147,15 +148,16 @@ class DCVAE(nn.Module):
         terms = {}
         if self.adversarial:
             reconstructed, sampled, real = scores.chunk(3)
-            terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled}
-            terms["d_gan"] = discriminator_gan(self.cfg.gan, real, reconstructed, sampled)
-        if self.adversarial and self.cfg.gan == "wgan":
-            coin = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            fake = torch.where(coin, *fakes.chunk(2))
-            terms["d_penalty"] = gradient_penalty(self.discriminator, x, fake)
+            terms = {"real": real, "reconstructed": reconstructed, "sampled": sampled,
+                     "d_gan": discriminator_gan(self.cfg.gan, real, reconstructed, sampled)}
+            if self.cfg.gan == "wgan":
+                x_hat, x_tilde = fakes.chunk(2)
+                coin = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+                fake = torch.where(coin, x_hat, x_tilde)
+                terms["d_penalty"] = gradient_penalty(self.discriminator, x, fake)
         if keys is not None:
-            # NOTE(paper): in Eq. (9) D maximises the contrast too. But the critic of Remark 1,
-            # which recognises x, is the one that minimises it.
+            # NOTE(paper): in Eq. (9) D maximises the contrast too. But the optimal critic of
+            # Remark 1, which recognises x, minimises it, and so does D here.
             terms["d_contrast"], terms["accuracy"] = self.contrast(features, keys)
         return terms
 
@@ -168,23 +170,21 @@ class DCVAE(nn.Module):
     def contrast(self, features, keys):
         """InfoNCE of reconstructions against `keys` {layer: (B, d)} of their originals.
 
-        `features` are of a pass of D that begins with the B reconstructions. -> nats and hits (B,),
-        means over --contrast_layers. The mean over patches is added to the nats (4.2). Eq. (7) is
-        the average of these nats over images and z.
+        The first B rows of `features` belong to the reconstructions. -> nats and hits (B,), means
+        over --contrast_layers; to the nats the mean over patches is added (4.2). Eq. (7) is the
+        average of these nats over images and z.
         """
-        of_layers = 0
-        of_patches = 0
+        nats = 0
         hits = 0
         for name, key in keys.items():
             query = features[name][:len(key)]
-            nats, hit = info_nce(query, key, self.queue[name], self.cfg.temperature)
+            cost, hit = info_nce(query, key, self.queue[name], self.cfg.temperature)
             if name in self.layers:
-                of_layers = of_layers + nats
-                hits = hits + hit
+                nats = nats + cost / len(self.layers)
+                hits = hits + hit / len(self.layers)
             else:
-                of_patches = of_patches + nats
-        count = len(self.layers)
-        return of_layers / count + of_patches / len(BLOCKS), hits / count
+                nats = nats + cost / len(BLOCKS)
+        return nats, hits
 
     @torch.no_grad()
     def encode_keys(self, x, where=None):
@@ -201,7 +201,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put keys {layer: (B, d)}, those of all processes, in place of the oldest negatives."""
+        """Overwrite the oldest negatives with keys {layer: (B, d)}, those of all processes."""
         K = self.cfg.negatives
         for name, key in keys.items():
             key = gather_batch(key)[-K:]
@@ -212,7 +212,10 @@ class DCVAE(nn.Module):
     # -- images ------------------------------------------------------------------------------------
 
     def grow(self, side, alpha):
-        """Use growing networks up to `side`, their newest layers by the share `alpha`."""
+        """Set the side of growing networks, and the share `alpha` of their newest layers.
+
+        AutoGAN's do not grow.
+        """
         for network in self.modules():
             if isinstance(network, Growing):
                 network.level = side.bit_length() - 3  # side = 4 · 2^level
@@ -220,7 +223,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """z (…, L) -> images by the averaged decoder, enlarged to (…, C, H, W), on the grid."""
+        """z (…, L) -> images by the averaged decoder, enlarged to (…, C, H, W), of 256 values."""
         x = F.interpolate(self.averaged_decoder(z.flatten(0, -2)), size=self.size)
         return quantize(x).unflatten(0, z.shape[:-1])
 
@@ -231,7 +234,7 @@ class DCVAE(nn.Module):
         return sample_code(mean, log_var) if draw else mean
 
     def sample(self, n):
-        """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), on the pixel grid."""
+        """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), of 256 values."""
         z = torch.randn(n, self.cfg.latent, device=next(self.parameters()).device)
         return self.decode(z.clamp(-1, 1) if self.cfg.clamp else z)
 
@@ -245,7 +248,7 @@ class DCVAE(nn.Module):
         return self.edit(x1, direction, [i / (count - 1) for i in range(count)])
 
     def mix(self, x1, x2):
-        """Every x1's code with a random half of its dimensions replaced by every x2's (Figure 12).
+        """Images of each x1's code with a random half of its dimensions from each x2's (Figure 12).
 
         The half is the same for all pairs. (B1, C, H, W), (B2, C, H, W) -> (B1, B2, C, H, W).
         """
@@ -303,7 +306,7 @@ def discriminator_gan(kind, real, reconstructed, sampled):
     """
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
-    if kind == "wgan":  # the last term keeps scores from drifting away, together
+    if kind == "wgan":  # the last term keeps all scores near 0
         return 0.5 * reconstructed + 0.5 * sampled - real + 1e-3 * real.square()
     # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of
     # fakes by one half.
@@ -325,7 +328,8 @@ def autoencoder_gan(kind, reconstructed, sampled):
 def gradient_penalty(discriminator, real, fake):
     """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
 
-    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). fp32: it takes second derivatives.
+    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). In fp32, as training takes second
+    derivatives.
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     between = torch.lerp(fake, real, share).requires_grad_()
@@ -338,9 +342,11 @@ def gradient_penalty(discriminator, real, fake):
 def train_step(cfg, model, player_terms, optimizer, batches, step):
     """An update of D on each batch, then one of encoder and decoder on the last -> means of terms.
 
-    --loss vae has no D. The contrast is of the last batch alone: D's last update and that of
-    encoder and decoder have it, with the same keys. The terms are those of these two updates.
-    D is frozen in the second: gradients pass through it to the decoder, its own weights get none.
+    `player_terms` is the model's forward pass, which may be compiled or parallel; `batches` are
+    --d_steps of them, as --loss vae has no D just one. The contrast is of the last batch alone:
+    D's last update and that of encoder and decoder have it, with the same keys. The terms are those
+    of these two updates. While encoder and decoder learn D is frozen: gradients pass through it to
+    the decoder, its own weights get none.
     """
     x = batches[-1]
     where = None
@@ -362,14 +368,16 @@ def train_step(cfg, model, player_terms, optimizer, batches, step):
         model.discriminator.requires_grad_(True)
     if model.contrastive:
         model.enqueue(keys)
-    # The decay grows with the step, else a short run's average would be of its random start.
+    # The decay grows with the step, else a short run's average would be mostly its random start.
     decay = min(cfg.ema, step / (step + 9))
     update_average(model.averaged_decoder, model.decoder, decay)
     return means
 
 
 def update(cfg, model, player_terms, optimizer, player, x, where=None, keys=None):
-    """One step of Adam on the weighted sum of a player's terms, Eqs. (5), (9) -> their means.
+    """One step of Adam on the weighted sum of a player's terms -> their means.
+
+    Eqs. (2), (5), (8), (9), but for what their NOTEs say of D.
 
     `player` is that of `DCVAE.forward`. The other one has no gradients, so Adam passes over it.
     """
@@ -399,7 +407,7 @@ def update_average(average, model, decay):
 
 
 # ---- Networks ------------------------------------------------------------------------------------
-# First AutoGAN's, of the paper; from FIRST_SIDE on Progressive GAN's.
+# First AutoGAN's, for 32x32 and 48x48; below the constant FIRST_SIDE Progressive GAN's.
 
 # Changed from vae.py: AutoGAN's
 WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
@@ -428,7 +436,7 @@ def parse_layers(cfg):
     return layers
 
 
-FEATURE_DIM = 16  # of the contrast (5.1), and of what D's score is computed from
+FEATURE_DIM = 16  # of the contrast (5.1); in AutoGAN's D also of what its score is computed from
 
 
 BLOCKS = ("b1", "b2", "b3", "b4")
@@ -514,18 +522,18 @@ class Discriminator(nn.Module):
             if name in self.heads:
                 features[name] = self.heads[name](h)
             if where is not None:
-                # Of shape (1,): for an index of shape () the host would wait for the device.
+                # Indices of shape (1,): for one of shape () the host would wait for its value.
                 row, column = (where[i] * h.shape[2]).long().unsqueeze(1)
                 features[f"patch_{name}"] = h[:, :, row, column].squeeze(2)
         features["final"] = self.linear(pool(h))
         return self.score(features["final"]).squeeze(1).float(), features
 
 
-# NOTE(paper): growing begins at 4x4 there, but the contrast needs an 8x8 map.
+# NOTE(paper): in the paper growing begins at 4x4, but the contrast needs an 8x8 map.
 FIRST_SIDE = 8
 
 
-# So many feature maps up to this side, and half as many with each doubling.
+# Feature maps up to this side, of which there are half as many with each doubling beyond.
 MAPS = {"full": (512, 32), "small": (64, 16)}
 
 
@@ -540,9 +548,9 @@ def feature_maps(cfg, size):
 
 
 def growth(cfg, size, step):
-    """What step 1, 2, … trains -> the side, and α in (0, 1], the share of its newest layers.
+    """The side that step 1, 2, … trains, and α in (0, 1], the share of its newest layers.
 
-    P = --phase_steps at 8x8, P in which 16x16 fades in, P at 16x16, … all that are left at `size`.
+    P = --phase_steps steps at 8x8, P that fade 16x16 in, P at 16x16, …, all others at `size`.
     NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
     """
     if not cfg.grow:
@@ -566,7 +574,7 @@ class GrowingEncoder(nn.Module):
     """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
 
     NOTE(paper): no spectral norm, which the encoder has at 32x32: it would undo the weights' scale.
-    No minibatch deviation: an image's code is its own.
+    No minibatch deviation: a code depends on its own image only.
     """
 
     def __init__(self, latent, channels, maps):
@@ -597,8 +605,8 @@ class GrowingDecoder(Growing):
 
     def __init__(self, latent, channels, maps):
         super().__init__()
-        # NOTE(paper): ProGAN divides z by its root mean square. A code's length means something to
-        # q(z|x), and to the KL.
+        # NOTE(paper): ProGAN divides z by its root mean square. Here z keeps its length, which
+        # matters to q(z|x) and to the KL.
         c = maps[0]
         self.blocks = nn.Sequential(nn.Sequential(
             LeakyConv(latent, c, 4, padding=3), PixelNorm(),  # 1x1 to 4x4
@@ -638,22 +646,22 @@ class GrowingBody(Growing):
     def forward(self, x):
         level = self.level
         x = at_side(x, 4 * 2**level)
-        map_8 = self.from_image[level](x)
-        h = self.blocks[level - 1](map_8)
+        last_read = self.from_image[level](x)
+        h = self.blocks[level - 1](last_read)
         h = self.blend(self.from_image[level - 1](F.avg_pool2d(x, 2)), h)
         for block in reversed(self.blocks[:level - 1]):
-            map_8 = h  # at last what the block from 8x8 to 4x4 reads
+            last_read = h  # in the end what the block from 8x8 to 4x4 reads
             h = block(h)
         if self.deviation:
             h = minibatch_deviation(h)
-        return map_8, self.last(h)
+        return last_read, self.last(h)
 
 
 class GrowingDiscriminator(nn.Module):
     """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
 
     NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
-    all sides have, and the last features. Without a contrast `final` is the last features.
+    all sides have, and the last features. Where `layers` lacks it, `final` is the last features.
     """
 
     def __init__(self, channels, maps, layers):
@@ -669,15 +677,16 @@ class GrowingDiscriminator(nn.Module):
 
     def forward(self, x, where=None):
         map_8, h = self.body(x)
-        features = {"b8": map_8, "final": h}
+        inputs = {"b8": map_8, "final": h}
+        features = {"final": h.flatten(1)}
         for name, head in self.heads.items():
-            features[name] = head(features[name])
-        features = {name: values.flatten(1) for name, values in features.items()}
+            features[name] = head(inputs[name]).flatten(1)
         return self.score(h).flatten().float(), features
 
 
 # ---- Building blocks -----------------------------------------------------------------------------
-# Residual blocks down, AutoGAN's cells up (A.5, Figure 15); from ScaledConv on Progressive GAN's.
+# Residual blocks down, AutoGAN's cells up (A.5, Figure 15); from class ScaledConv on Progressive
+# GAN's.
 
 def mean_and_log_var(h):
     """What an encoder ends with, (B, 2L) -> μ and log σ² (B, L), fp32.
@@ -768,7 +777,7 @@ class UpCell(nn.Module):
 class ScaledConv(nn.Conv2d):
     """A conv whose weights begin at N(0, 1), multiplied by gain / √fan_in where they are used.
 
-    One rate of Adam, whose steps are of one size, is then the same relative change in every layer.
+    Adam's steps, all of one size, are then the same relative change in every layer.
     """
 
     gain = 1
@@ -780,7 +789,7 @@ class ScaledConv(nn.Conv2d):
         self.scale = self.gain / math.sqrt(c_in * kernel**2)
 
     def forward(self, h):
-        return self._conv_forward(h, self.weight * self.scale, self.bias)
+        return F.conv2d(h, self.weight * self.scale, self.bias, padding=self.padding)
 
 
 class LeakyConv(ScaledConv):
@@ -796,14 +805,14 @@ class PixelNorm(nn.Module):
     """Each pixel's features divided by their root mean square: (B, C, H, W) -> same."""
 
     def forward(self, h):
-        # Autocast has rsqrt in fp32, and so would have all features that follow.
+        # Autocast runs rsqrt in fp32; without the cast all later features would be fp32.
         return h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8).to(h.dtype)
 
 
 def minibatch_deviation(h):
-    """One map more: the standard deviation over 4 images, averaged over (C, H, W), B/4 numbers.
+    """One map more: the standard deviation over groups of 4 images, averaged over (C, H, W).
 
-    D sees by it if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
+    It shows D if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
     Where B does not divide by 4, groups are of 2, or of 1, which tells nothing.
     """
     group = math.gcd(4, len(h))
@@ -817,15 +826,14 @@ def minibatch_deviation(h):
 
 # Changed from vae.py: two players, no bound
 def train(cfg, model, images, folder, checkpoint):
-    """The game of Eq. (9), or the part that --loss has: Eq. (2) for vae, Eq. (5) for vaegan.
+    """The game of Eq. (9), or what --loss has: Eq. (2), (5) or (8) of vae, vaegan or contrastive.
 
     Without a checkpoint a new run is made in `folder`, else the one in it goes on.
     """
     label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
-    d_steps = cfg.d_steps if model.adversarial else 1
-    data = Batches(images.train, d_steps * cfg.batch_size, cfg.device, cfg.seed,
-                   parts=d_steps * world)  # not augmented
+    data = Batches(images.train, cfg.d_steps * cfg.batch_size, cfg.device, cfg.seed,
+                   parts=cfg.d_steps * world)  # no augmentation
     total = cfg.steps or cfg.epochs * data.per_epoch
     if cfg.grow and cfg.phase_steps is None:
         phases = 2 * (images.size // FIRST_SIDE).bit_length() - 2
@@ -863,10 +871,10 @@ def train(cfg, model, images, folder, checkpoint):
         seed_noise(cfg.seed, step, rank)
         side, alpha = growth(cfg, images.size, step)
         model.grow(side, alpha)
-        # Smaller images come in larger numbers, up to 128 an update.
+        # A smaller side has a larger batch, up to 128 images per update.
         times = max(1, min(128 // cfg.batch_size, images.size // side))
-        data.set_batch_size(times * d_steps * cfg.batch_size)
-        batches = at_side(data.batch(step - 1, rank, world), side, alpha).chunk(d_steps)
+        data.set_batch_size(times * cfg.d_steps * cfg.batch_size)
+        batches = at_side(data.batch(step - 1, rank, world), side, alpha).chunk(cfg.d_steps)
         rows.append(train_step(cfg, model, player_terms, optimizer, batches, step))
 
         validating = step % cfg.eval_every == 0 or step == total
@@ -903,12 +911,13 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         with inference(cfg, model):
+            # First, so that all figures of samples are of the same z.
+            save_figures(cfg, model, images, folder, "valid", state["step"])
             row = distances(model, valid)
             if reference:
                 inception, statistics = reference
                 samples = sample_batches(model, min(cfg.fid, valid.count))
                 row |= inception_metrics(inception, samples, {"valid": statistics})
-            save_figures(cfg, model, images, folder, "valid", state["step"])
         log_row(folder, state, "valid", row)
         draw_curves(folder)
         if row.get("fid_valid", math.inf) < state["best"]:
@@ -922,13 +931,14 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
 
 # Changed from vae.py: pictures, codes and a probe instead of bounds
 def evaluate(cfg, model, images, folder, state):
-    """Rows of Tables 1 and 6, printed and in results.json, and the figures test.png.
+    """Rows of Tables 1 to 8, where they apply, printed and in results.json; figures test.png.
 
     Beside each number stands how it was made.
     """
     label_values(cfg, images, "train")  # reports a wrong flag before anything is written
     model.grow(*growth(cfg, images.size, state["step"]))
     with inference(cfg, model):
+        save_figures(cfg, model, images, folder, "test", state["step"])
         test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
         vgg = None
         if cfg.fid:
@@ -945,7 +955,6 @@ def evaluate(cfg, model, images, folder, state):
             # arcs from one to another, whole images.
             results |= path_length_metrics(model.averaged_decoder, cfg.latent, cfg.path_length,
                                            cfg.device, cfg.lpips_weights)
-        save_figures(cfg, model, images, folder, "test", state["step"])
         title = sheet_title(cfg, images, "test", state["step"])
         for save_sheets in (save_interpolations, save_mixing, save_editing):
             save_sheets(cfg, model, images, folder, title)
@@ -1024,7 +1033,9 @@ def probe(cfg, model, images):
     """
     if images.labels is None:
         return {}
-    most = min(60_000, 10 * (cfg.eval_images or 6_000))
+    most = 60_000
+    if cfg.eval_images:
+        most = min(most, 10 * cfg.eval_images)
     codes, pixels, labels = probe_data(cfg, model, images, "train", most)
     test_codes, test_pixels, test_labels = probe_data(cfg, model, images, "test", cfg.eval_images)
     results = {"probe_images": len(labels)}
@@ -1038,7 +1049,8 @@ def probe(cfg, model, images):
 def probe_data(cfg, model, images, split, count):
     """Codes (N, L), the means of q(z|x), pixels (N, d) and labels (N,) of `count` images at most.
 
-    Images are averaged down to 32 to 63 a side: 60,000 larger ones would not fit into memory.
+    Images of 64 pixels a side or more are averaged down to 32 to 63: 60,000 would not fit into
+    memory.
     """
     batches = evaluation_batches(getattr(images, split), cfg.device, count)
     codes = []
@@ -1143,7 +1155,7 @@ DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGA
 # Changed from vae.py: four losses, the discriminator's game, the contrast
 @dataclasses.dataclass
 class Config:
-    """The flags. Defaults are the released code's for CIFAR-10, ProGAN's with its networks, and K.
+    """The flags. Defaults are the released code's for CIFAR-10, with progan ProGAN's.
 
     Where these differ from the paper: docs/dcvae.md, section 11.
     """
@@ -1169,8 +1181,8 @@ class Config:
     # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
     batch_size: int = flag(None, "images an update, all processes together; more where progan has "
                            "not grown yet (default 64, progan 2048/size)", fixed=True)
-    d_steps: int = flag(None, "updates of D a step, each on its own batch (default 5, progan and "
-                        "--loss contrastive 1)", fixed=True)
+    d_steps: int = flag(None, "updates of D per step, each on its own batch (default 5, progan 1; "
+                        "without a gan always 1)", fixed=True)
     lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
                      fixed=True, low=0)
     grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
@@ -1220,8 +1232,10 @@ class Config:
         for name, value in DEFAULTS[self.backbone].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.eval_images is None and self.small:
-            self.eval_images = 500
+        if self.loss in ("vae", "contrastive"):
+            self.d_steps = 1
+        if self.small:
+            self.eval_images = self.eval_images or 500
         if self.kl_weight is None:
             # NOTE(paper): Eqs. (3), (8) have 1, with which an empty code minimises Eq. (8). The
             # release has 1e-6 on a sum over 64 images, 6.4e-5 on their mean, in both of its updates
@@ -1392,7 +1406,7 @@ def print_header(cfg, folder, model, images):
           flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size
+        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
     rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
     days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:

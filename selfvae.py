@@ -1470,7 +1470,7 @@ def print_header(cfg, folder, model, images):
           flush=True)
     seen = cfg.epochs * len(images.train)
     if cfg.steps:
-        seen = cfg.steps * cfg.batch_size
+        seen = cfg.steps * cfg.batch_size * getattr(cfg, "d_steps", 1)
     rate = IMAGES_PER_SECOND / max(1, images.size / 64)**2
     days = seen / rate / 86_400
     if cfg.device == "cpu" and not cfg.small and images.size > 1 and days > 0.1:
