@@ -424,8 +424,9 @@ def test_seconds_to_sample(monkeypatch):
 
 # ---- Metrics of pictures -------------------------------------------------------------------------
 
-def inception_weights():
-    """Random weights in pytorch-fid's format.
+@pytest.fixture(scope="module")
+def weights_path(tmp_path_factory):
+    """A file of random weights in pytorch-fid's format.
 
     They are from numpy's legacy generator, whose numbers never change.
     """
@@ -440,14 +441,8 @@ def inception_weights():
             value.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, shape)))
         elif value.dim() == 1:
             value.copy_(torch.from_numpy(rng.uniform(-0.2, 0.2, shape)))
-    return net.state_dict()
-
-
-@pytest.fixture(scope="module")
-def weights_path(tmp_path_factory):
-    """The file of these weights."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(inception_weights(), path)
+    torch.save(net.state_dict(), path)
     return path
 
 
@@ -470,16 +465,12 @@ def test_inception_equals_the_reference_packages(inception):
     classes = [0, 400, 1007]
     of_small, logits = inception(small)
     of_large, _ = inception(large[:1])
-    assert_near(of_small[:, columns], [
-        [13.782585, 0.3956869, 7.4875174], [13.283102, 0.2881336, 7.6647468]])
-    assert_near(logits[:, classes], [
-        [-5.9029093, -4.0352182, 2.2644403], [-6.0230346, -4.2666497, 2.258016]])
-    assert_near(of_large[:, columns], [[24.13364, 0.4199352, 12.136705]])
-
-
-def assert_near(values, expected):
-    """To the digits that are printed here."""
-    torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    values = torch.cat([of_small[:, columns], logits[:, classes], of_large[:, columns]])
+    expected = torch.tensor([
+        [13.782585, 0.3956869, 7.4875174], [13.283102, 0.2881336, 7.6647468],
+        [-5.9029093, -4.0352182, 2.2644403], [-6.0230346, -4.2666497, 2.258016],
+        [24.13364, 0.4199352, 12.136705]])
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-4)  # the digits printed here
 
 
 def test_features_are_of_one_image(inception, weights_path):
