@@ -15,7 +15,7 @@ import selfvae
 import vae
 import waking_z
 from common import (
-    Batches, Dmol, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, quantize,
+    Batches, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, quantize,
     to_uint8)
 from conftest import count, seeded
 from selfvae import Config, SelfVAE, downscale, gaussian
