@@ -80,10 +80,8 @@ def test_symbols_come_back_and_cost_their_entropy(seed):
 
 def test_every_symbol_keeps_a_slot():
     """Else an improbable pixel could not be coded: 0 and 10⁻³⁰ get one slot of 2^20, 1 the rest."""
-    p = np.array([[0, 1, 0, 1e-30], [0.25, 0.25, 0.25, 0.25]])
-    table = compress.slots(p, p >= 0)
-    assert table[0].tolist() == [0, 1, 2**20 - 2, 2**20 - 1, 2**20]
-    assert np.diff(table[1].astype(int)).tolist() == [2**18] * 4
+    p = np.array([[0, 1, 0, 1e-30]])
+    assert compress.slots(p, p >= 0).tolist() == [[0, 1, 2**20 - 2, 2**20 - 1, 2**20]]
 
 
 def test_bins_have_the_probability_of_their_interval():

@@ -26,6 +26,7 @@ import torch
 import vae
 from conftest import MODELS, ROOT, SCRIPTS, call, flags_for, narrow_networks, pictures_on
 from PIL import Image
+from two_processes import nothing
 
 COMBOS = [
     ("vae", dict(prior="normal", dataset="mnist", lr=0)),  # none of its steps is better than others
@@ -68,10 +69,6 @@ def cut_short(monkeypatch):
     """Sample 100 images once, not ten times, to time it; see the density of points coarsely."""
     monkeypatch.setattr(common.seconds_to_sample, "__defaults__", (1, 0))
     monkeypatch.setattr("realnvp.density", coarser(importlib.import_module("realnvp").density))
-
-
-def nothing(*arguments, **options):
-    """In place of what a test does not look at."""
 
 
 @pytest.fixture(autouse=True)
@@ -547,13 +544,12 @@ def test_not_finite(script, every, term, run, tmp_path, no_figures, capsys, monk
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """A finite loss can have an infinite gradient: the checkpoint before it is kept."""
     model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters())
-    path = tmp_path / "last.pt"
-    vae.save(path, vae.Config(), model, optimizer, {"step": 6})
     model.weight.data.fill_(math.inf)
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"before")
     with pytest.raises(FloatingPointError, match="weight is not finite after step 7; the last"):
-        vae.save(path, vae.Config(), model, optimizer, {"step": 7})
-    assert load(path)["state"]["step"] == 6
+        vae.save(path, vae.Config(), model, torch.optim.SGD(model.parameters()), {"step": 7})
+    assert path.read_bytes() == b"before"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, trained, capsys, monkeypatch):
@@ -618,19 +614,15 @@ def test_wrong_flag(refused, script, told, flags):
     ("selfvae", "invalid choice: 'mog'", dict(prior="mog")),
     ("selfvae", "--cooldown must be from 0 to 1, not 20.0", dict(cooldown=20)),
     ("selfvae", "20", dict(size=20)),
-    ("selfvae", "--levels 3 leaves y_1 4 pixels", dict(levels=3, size=32)),
     ("selfvae", "invalid choice: 'emboss'", dict(transform="emboss")),
-    ("selfvae", "take --levels 1", dict(transform="edges", levels=2)),
     ("realnvp", "--cooldown must be from 0 to 1, not 20.0", dict(cooldown=20)),
     ("realnvp", "size 17 is no multiple of 2", dict(size=17)),
     ("dcvae", "--momentum must be from 0 to 1, not 20.0", dict(momentum=20)),
     ("dcvae", "--ema must be from 0 to 1, not 20.0", dict(ema=20)),
     ("dcvae", "size 20 is no multiple of 8", dict(size=20)),
-    ("dcvae", "--contrast_layers b9", dict(contrast_layers="b9")),
     ("dcvae", "--label_column 7", dict(label_column=7)),
     ("dcvae", "--label_value 9", dict(label_value=9)),
     ("dcvae", "invalid choice: 'gan'", dict(loss="gan")),
-    ("dcvae", "16, 32, 64 … pixels a side, not 24", dict(backbone="progan", size=24)),
     ("dcvae", "--grow is for --backbone progan", dict(grow=True)),
     ("dcvae", "--phase_steps is for", dict(phase_steps=3)),
     ("dcvae", "there is no vgg.pth", dict(path_length=4, lpips_weights="vgg.pth")),
