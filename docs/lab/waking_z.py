@@ -71,7 +71,7 @@ class WithoutY(selfvae.SelfVAE):
         super().__init__(cfg, image_shape)
         if self.K == 0 or cfg.exact:
             raise UserError("without-y takes --levels 1 or more and no --exact")
-        for k, _, _, p_x in self.levels:
+        for k, _, _, p_x in self.per_level:
             p_x.joint.register_forward_pre_hook(hide_last(self.shapes[k][0]))
 
 

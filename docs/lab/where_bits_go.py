@@ -112,7 +112,7 @@ def main(folder, data_dir="data"):
     else:
         y = model.representations(x)
         names = model.y_names
-        levels = model.levels
+        levels = model.per_level
         encoder, prior, decoder = model.q_u, model.p_u, model.p_y
     q = encoder(y[1])
     z = q.rsample()
