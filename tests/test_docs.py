@@ -182,12 +182,14 @@ def parts_of(file):
         rest = rest.replace(text, "")
         if mark and mark[1] == "Copied":
             continue
+        methods = {}
         for node in whole.body:
             if isinstance(node, ast.FunctionDef):
-                part = "\n".join(lines_of(text, f"{name}.{node.name}"))
-                found[f"{name}.{node.name}"] = part
-                text = text.replace(part, "")
-        found[name] = text
+                method = f"{name}.{node.name}"
+                methods[method] = "\n".join(lines_of(text, method))
+        for part in methods.values():
+            text = text.replace(part, "")
+        found |= methods | {name: text}
     return found | {"": rest}
 
 
