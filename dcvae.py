@@ -377,7 +377,7 @@ def train_step(cfg, model, player_terms, optimizer, batches, step):
 def update(cfg, model, player_terms, optimizer, player, x, where=None, keys=None):
     """One step of Adam on the weighted sum of a player's terms -> their means.
 
-    Eqs. (2), (5), (8), (9), but for what their NOTEs say of D.
+    Eqs. (5), (9), and what --loss has of them; but for the NOTEs on D.
 
     `player` is that of `DCVAE.forward`. The other one has no gradients, so Adam passes over it.
     """

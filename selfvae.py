@@ -154,7 +154,7 @@ class SelfVAE(nn.Module):
     forward = terms  # what torch.compile and DistributedDataParallel call
 
     def elbo(self, x):
-        """One-sample estimate of the bound on log p(x), Eqs. (2), (3.4a).
+        """One-sample estimate of the bound on log p(x), Eq. (2) for any K.
 
         x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, by `terms`.
         """
@@ -165,7 +165,7 @@ class SelfVAE(nn.Module):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y) -> (samples, B) in nats.
 
         x is (B, C, H, W); u_s and all z_s are one joint sample from q. E[log w] is the bound,
-        Eqs. (2), (3.4a): at K = 1 Eqs. (A.4a), (A.4b) average its two parts, and Eqs. (1), (A.4c)
+        Eq. (2) for any K: at K = 1 Eqs. (A.4a), (A.4b) average its two parts, and Eqs. (1), (A.4c)
         join them. log w is minus what it costs to send all variables.
         NOTE(paper): as S grows, log 1/S Σ w tends to log p(x, y) at y = d(x), not to log p(x), the
         sum over all y. Only with --exact, if d reaches all 256 values, has no other y this x.
