@@ -249,7 +249,7 @@ class SelfVAE(nn.Module):
         "latter"): conditional generation draws z_K from p, conditional reconstruction infers it.
         """
         K = self.K
-        if K == 0:  # those of a VAE, Eqs. (3.3a), (3.3b), whose z is u
+        if K == 0:  # those of a VAE, whose z is u
             return {"generate": [], "conditional_reconstruct": ["u"]}
         return {
             "generate": [],  # Eq. (3.3c)

@@ -464,6 +464,21 @@ def test_validations_are_logged_and_saved(script, run, tmp_path, training_only, 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_validation_and_evaluation_have_their_own_images(script, run, no_figures, monkeypatch):
+    """No test image decides which checkpoint is the best, and no other is evaluated."""
+    counts = []
+
+    def record(images, *arguments):
+        counts.append(len(images))
+        return common.evaluation_batches(images, *arguments)
+
+    monkeypatch.setattr(f"{script}.evaluation_batches", record)
+    assert run(script, steps=1, **cheap(script)) == 0
+    of_probe = {51} if script == "dcvae" else set()  # it learns from training images
+    assert counts[0] == 9 and set(counts[1:]) == {16} | of_probe
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_compile(script, run, monkeypatch, training_only):
     """--compile compiles the model, whole."""
     compiled = []

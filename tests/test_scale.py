@@ -193,7 +193,7 @@ def test_a_run_keeps_its_precision(monkeypatch, tiny_data, tmp_path, capsys):
     line = flags_for("vae", tiny_data, tmp_path, name="a", prior="normal", dtype="auto")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert call("vae", line) == 0
-    assert "1 x cpu, 1 thread, bf16" in capsys.readouterr().out
+    assert "1 x cpu, threads: 1, bf16" in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     line = ["--out_dir", str(tmp_path), "--name", "a", "--resume", "--steps", "3"]
     assert call("vae", line) == 0
