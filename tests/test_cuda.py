@@ -81,7 +81,7 @@ def test_selfvae(on_gpu, levels, transform, prior, exact):
     """Bound and one of the operations, with every transformation; all else with downscaling."""
     model, x = on_gpu("selfvae", (3, 32, 32), levels=levels, transform=transform, prior=prior,
                       exact=exact)
-    rate = selfvae.rate(model, x, model.operations["conditional_reconstruct"], 3072, (0, 0))
+    rate = selfvae.rate(model, x, model.operations["conditional_reconstruct"], 3072)
     assert_on_gpu(*model.terms(x).values(), *rate.values())
     if transform == "downscale":
         assert_on_gpu(model.log_weights(x, 2), model.sample(2), model.vary(x, ["u"], 2))

@@ -424,17 +424,23 @@ def test_bounds_order_and_tighten():
 
 
 def test_one_draw_of_u_serves_every_term():
-    """u is that of p_y in kl_u too. Through their draws q_u and q_z learn what decoders need."""
+    """u is that of p_y in kl_u too, and kl_z_1 reaches it, as re_x reaches z_1.
+
+    So the encoders learn what p(z_1|y_1, u) and p(x|y_1, z_1) need.
+    """
     model = make()
     x = noise_images(2)
     to_p_y = inputs_of(model.p_y)
     to_p_x = inputs_of(model.p_x[0])
     terms = model.terms(x)
     u, = to_p_y[0]
+    _, z = to_p_x[0]
     q_u = model.q_u(halved(x))
     kl_u = q_u.log_prob(u) - model.p_u.log_prob(u)
     torch.testing.assert_close(terms["kl_u"], kl_u, atol=1e-2, rtol=1e-5)
-    assert u.requires_grad and to_p_x[0][1].requires_grad
+    for name, latent in (("kl_z_1", u), ("re_x", z)):
+        gradient, = torch.autograd.grad(terms[name].sum(), latent, retain_graph=True)
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -639,8 +645,7 @@ def test_rates_by_hand():
     ideal_bpd = [row["ideal_bpd"] for row in table.values()]
     assert ideal_bpd[:4] == pytest.approx([0.0, of_y, of_y + terms["kl_z_1"], kl_u], abs=0.02)
     for row in table.values():
-        assert 5 < row["psnr"] < row["psnr_mean"] < 30
-    assert table["generate"]["psnr"] != table["generate"]["psnr_mean"]
+        assert 5 < row["psnr"] + 0.5 < row["psnr_mean"] < 30
 
 
 def test_bicubic_by_hand():
@@ -661,7 +666,7 @@ def test_bicubic_by_hand():
 def test_interpolation_in_u_or_its_base(base):
     """The way from one image's mean of q(u|y_1) to the other's is straight in u, or in v = f⁻¹(u).
 
-    z_1 has no noise.
+    z_1 has no noise. A way of one image has no step.
     """
     model = make()
     x = noise_images(4)
@@ -683,6 +688,7 @@ def test_interpolation_in_u_or_its_base(base):
     for i in range(5):
         straight = torch.lerp(start, end, i / 4)
         torch.testing.assert_close(path[:, i], straight, atol=1e-4, rtol=1e-4)
+    assert_images(model.interpolate(x, x, 1, base=base)[:, 0], x.shape)
 
 
 @pytest.mark.parametrize("redrawn", [["z_1", "z_2"], ["z_1"], ["z_2"]])
