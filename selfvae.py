@@ -740,11 +740,12 @@ def rate(model, x, sent, dims):
     values, p = model.decode(known, len(x))
     of_means = model.sample(len(x), mean=True, known=known)
     share = sum(known[name][0].numel() for name in sent) / dims
+    psnr_of_draws = psnr(values["x"], x)
     return {
-        "percent": torch.full((len(x),), 100 * share),
-        "raw_bpd": torch.full((len(x),), 8 * share),
+        "percent": torch.full_like(psnr_of_draws, 100 * share),
+        "raw_bpd": torch.full_like(psnr_of_draws, 8 * share),
         "ideal_bpd": bits_per_dim(code_length(known, q, p).expand(len(x)), dims),
-        "psnr": psnr(values["x"], x),
+        "psnr": psnr_of_draws,
         "psnr_mean": psnr(of_means, x),
     }
 
