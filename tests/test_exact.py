@@ -8,7 +8,7 @@ import pytest
 import selfvae
 import torch
 import torch.nn as nn
-from common import Dmol, UserError, dmol_channels, from_uint8, quantize, to_uint8
+from common import Dmol, dmol_channels, from_uint8, quantize, to_uint8
 from conftest import narrow_networks
 from selfvae import (
     INTERVALS, TRANSFORMS, Config, InTurn, SelfVAE, Uniform, dense_blocks, downscale,
@@ -66,19 +66,6 @@ def test_all_feasible_blocks_sum_to_one(y, blocks, size, log_scale):
     assert len(values) == blocks
     p = in_turn(torch.full((blocks, 1, 1, 1), y), size=size, log_scale=log_scale)
     log_p = p.log_prob(from_uint8(values.view(-1, 1, 2, 2)))
-    assert log_p.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-
-@torch.no_grad()
-def test_all_feasible_blocks_of_colour_sum_to_one():
-    """The channels of a pixel are coupled; each has an interval of its own."""
-    of_channel = [feasible_blocks(y) for y in (0, 1, 255)]
-    blocks = []
-    for red, green, blue in itertools.product(*of_channel):
-        blocks.append(torch.stack([red, green, blue]))
-    x = from_uint8(torch.stack(blocks)).view(-1, 3, 2, 2)
-    y = torch.tensor([0, 1, 255]).view(1, 3, 1, 1).expand(len(x), -1, -1, -1)
-    log_p = in_turn(y, channels=3).log_prob(x)
     assert log_p.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -411,11 +398,3 @@ def test_a_transformation_with_exact_is_two_entries(monkeypatch):
         assert model.elbo(x).isfinite().all()
         drawn = model.reconstruct(x, operation="conditional_generate")
         assert torch.equal(drawn[..., ::2, ::2], x[..., ::2, ::2]) == exact
-
-
-@pytest.mark.parametrize("flags", [
-    dict(levels=0), dict(transform="sketch"), dict(transform="edges")])
-def test_refused(flags):
-    """The message says what --exact needs."""
-    with pytest.raises(UserError, match="--levels 1 or more and --transform downscale, grayscale"):
-        SelfVAE(Config(exact=True, small=True, **flags), (3, 32, 32))

@@ -282,7 +282,10 @@ def test_terms_and_shapes(levels, channels):
     ((3, 8, 8), dict(levels=1), "--levels 1 leaves y_1 4 pixels a side, and 8 are the least"),
     ((3, 32, 32), dict(levels=7), "--levels 7 leaves y_1 0 pixels"),
     ((3, 48, 48), dict(levels=1), "side 48 do not halve"),
-    ((1, 32, 32), dict(transform="grayscale"), "grayscale leaves grey images as they are")])
+    ((1, 32, 32), dict(transform="grayscale"), "grayscale leaves grey images as they are"),
+    ((3, 32, 32), dict(exact=True, levels=0), "exact needs --levels 1 or more"),
+    ((3, 32, 32), dict(exact=True, transform="sketch"), "exact needs .* grayscale or posterize"),
+    ((3, 32, 32), dict(exact=True, transform="edges"), "exact needs")])
 def test_refused(shape, flags, message):
     """The message names what cannot be, and why."""
     with pytest.raises(UserError, match=message):
