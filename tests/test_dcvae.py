@@ -5,7 +5,6 @@ Models here have the shapes of the real ones but are very narrow (`narrow`).
 """
 
 import copy
-import json
 import math
 
 import numpy as np
@@ -58,7 +57,7 @@ def unit(*shape):
 def test_parameter_counts_are_those_of_the_released_code():
     """Else a layer is missing or too wide: latent 128, 32x32 RGB.
 
-    Heads exist only where the contrast is taken.
+    Heads exist only where the contrast is taken. Averages and queue do not learn.
     """
     with torch.device("meta"):
         model = DCVAE(Config(contrast_layers="b1,b2,b3,b4,final"), (3, 32, 32))
@@ -67,6 +66,8 @@ def test_parameter_counts_are_those_of_the_released_code():
     assert count(model.encoder) == 1_086_464
     assert count(model.discriminator) == 1_063_445
     assert count(vaegan.discriminator) == 1_055_761
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 4_405_251 + 1_086_464 + 1_063_445
 
 
 def test_xavier_where_it_reaches_in_the_release():
@@ -176,7 +177,7 @@ def test_codes_start_within_bounds(size):
 def test_info_nce_is_the_softmax_over_explicit_pairs():
     """Else Eq. (6) is not what is computed: by loops, cosine similarity over the temperature.
 
-    Lengths of the query do not matter, those of keys are 1. Where all keys are alike it is a guess.
+    Lengths of the query do not matter, those of keys are 1.
     """
     query = 3 * torch.randn(3, 5)
     positive = unit(3, 5)
@@ -189,9 +190,6 @@ def test_info_nce_is_the_softmax_over_explicit_pairs():
         assert_close(losses[i], -(shares[0] / shares.sum()).log())
         assert hits[i] == (shares[0] > shares[1:].max())
     assert hits[0] == 1
-    alike = torch.ones(9, 4) / 2
-    losses, _ = info_nce(torch.randn(5, 4), alike[:5], alike, 0.07)
-    assert_close(losses, torch.full((5,), math.log(10)))
 
 
 def test_info_nce_is_fp32_under_autocast():
@@ -373,7 +371,7 @@ def test_optimal_critic_of_remark_1():
 
 # ---- Queue, averages, patches --------------------------------------------------------------------
 
-@pytest.mark.parametrize("negatives, batch", [(10, 4), (10, 10), (3, 4), (8096, 4)])
+@pytest.mark.parametrize("negatives, batch", [(10, 4), (3, 4), (8096, 4)])
 def test_queue_keeps_the_newest(negatives, batch):
     """Else old keys stay and new ones are lost: first in, first out, across the buffer's end.
 
@@ -392,7 +390,7 @@ def test_queue_keeps_the_newest(negatives, batch):
 
 
 def test_keys_come_from_the_momentum_network():
-    """Else keys are of D itself, or not of length 1, or carry gradients."""
+    """Else keys are of D itself, or not of length 1."""
     model = make().eval()
     x = noise_images(2)
     with torch.no_grad():
@@ -401,7 +399,6 @@ def test_keys_come_from_the_momentum_network():
     _, features = model.momentum_discriminator(x)
     for name in ("b1", "final"):
         assert_close(keys[name], F.normalize(features[name], dim=1))
-        assert not keys[name].requires_grad
 
 
 def test_momentum_network_moves_before_keys_are_made(tmp_path, monkeypatch):
@@ -425,7 +422,9 @@ def test_momentum_network_moves_before_keys_are_made(tmp_path, monkeypatch):
     for name, values in live.items():  # spectral norm's vectors too
         assert torch.equal(average[name], values), name
     assert not torch.equal(average[weight], start)
-    assert not torch.equal(average[weight], model.discriminator.state_dict()[weight])
+    after = model.state_dict()
+    assert torch.equal(average[weight], after[f"momentum_discriminator.{weight}"])
+    assert not torch.equal(average[weight], after[f"discriminator.{weight}"])
 
 
 def test_average_follows_parameters_and_batch_statistics():
@@ -480,9 +479,10 @@ def test_patches_are_one_place_of_each_block():
 def test_places_of_patches(tmp_path):
     """Else the same corner of every map is contrasted at every step, or in every block.
 
-    None up to step --patch_after, then four new places a step, the same for both players.
+    None up to step --patch_after, then four new places a step, the same for both players, who take
+    turns where there is no gan.
     """
-    _, _, calls = play(tmp_path, steps=3, d_steps=1, patch_after=1)
+    _, _, calls = play(tmp_path, loss="contrastive", steps=3, patch_after=1)
     places = [where for _, _, where, _ in calls]
     assert places[0] is None and places[1] is None
     assert places[2] is places[3] and places[4] is places[5]
@@ -559,6 +559,7 @@ def test_penalty_of_a_linear_critic():
 
     penalty = dcvae.gradient_penalty(critic, noise_images(5, size=4), noise_images(5, size=4))
     assert_close(penalty, (w.norm() - 1).square().expand(5))
+    assert make().weights["d_penalty"] == 10
     gradient, = torch.autograd.grad(penalty.mean(), w)
     assert_close(gradient, 2 * (w.norm() - 1) * w / w.norm())
 
@@ -643,7 +644,7 @@ def test_sides_batches_and_layers_of_a_growing_run(tmp_path):
     assert torch.equal(shown, F.interpolate(F.avg_pool2d(shown, 2), scale_factor=2))
 
 
-@pytest.mark.parametrize("batch_size, asked", [(100, 100), (40, 80), (6, 12)])
+@pytest.mark.parametrize("batch_size, asked", [(200, 200), (40, 80), (6, 12)])
 def test_small_sides_have_at_most_128_images(tmp_path, monkeypatch, batch_size, asked):
     """Else 8x8 of a large model asks for thousands; the full batch is never cut, though.
 
@@ -675,9 +676,13 @@ def test_processes_are_told_of_layers_without_gradients(tmp_path, monkeypatch):
 
 
 def test_growing_takes_half_of_the_steps_by_default(tmp_path):
-    """Else a run ends before its images have their size: two phases from 8 to 16, of 10 steps."""
-    play(tmp_path, steps=9, backbone="progan")
-    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["phase_steps"] == 2
+    """Else a run ends before its images have their size: 9 steps are two at 8, two of fading, five.
+
+    The last of a fade has images as they are, before that no image is on the grid of pixel values.
+    """
+    _, _, calls = play(tmp_path, steps=9, backbone="progan")
+    as_they_are = [torch.equal(x, quantize(x)) for _, x, _, _ in calls]
+    assert as_they_are == 6 * [False] + 12 * [True]
 
 
 # ---- The game ------------------------------------------------------------------------------------
@@ -707,21 +712,27 @@ def play(folder, model=None, **flags):
     (("d_gan", "d_contrast"), {"discriminator"}),
     (("contrast", "gan", "kl"), {"encoder", "decoder"})])
 def test_each_player_moves_by_its_own_losses(tmp_path, losses, moved):
-    """Else D learns from the decoder's losses, or the decoder from D's: Eqs. (5), (9)."""
+    """Else D learns from the decoder's losses, or the decoder from D's: Eqs. (5), (9).
+
+    Adam moves each parameter once.
+    """
     model = make()
     for name in model.weights:
         if name not in losses:
             model.weights[name] = 0
-    before, _, _ = play(tmp_path, model)
+    before, _, _ = play(tmp_path, model, d_steps=1)
     learned = {name.split(".")[0] for name, p in model.named_parameters()
                if p.requires_grad and not torch.equal(before[name], p)}
     assert learned == moved
+    moments = torch.load(tmp_path / "last.pt")["optimizer"]["state"]
+    assert {of_one["step"].item() for of_one in moments.values()} == {1}
 
 
 def test_a_step_is_d_steps_updates_of_d_and_one_of_the_rest(tmp_path):
     """Else the game has another order: D's batches are its own, the rest shares the last of them.
 
-    Keys come with that batch, and are queued once. Images are neither flipped nor shifted.
+    Keys come with that batch, and are queued once. Images are neither flipped nor shifted. The log
+    has the terms of both players.
     """
     _, model, calls = play(tmp_path, d_steps=3)
     players, batches, _, keys = zip(*calls)
@@ -733,6 +744,8 @@ def test_a_step_is_d_steps_updates_of_d_and_one_of_the_rest(tmp_path):
     assert len(seen) == 12
     assert seen <= {image.tobytes() for image in noise_pixels(40)[:32]}
     assert model.queued == 4
+    row = read_log(tmp_path / "log.jsonl")[0]
+    assert {"real", "d_gan", "d_contrast", "accuracy", "contrast", "gan", "kl"} < row.keys()
 
 
 def test_vae_learns(tmp_path):
@@ -886,7 +899,7 @@ def test_probe_learns_from_ten_times_what_is_evaluated(monkeypatch, eval_images,
     """
     model = make().eval()
     pixels = noise_pixels(60)
-    labels = np.arange(60) % 3
+    labels = np.arange(60) % 7
     given = []
 
     def note(*arguments):
