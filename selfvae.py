@@ -170,7 +170,11 @@ class SelfVAE(nn.Module):
         NOTE(paper): as S grows, log 1/S Σ w tends to log p(x, y) at y = d(x), not to log p(x), the
         sum over all y. Only with --exact, if d reaches all 256 values, has no other y this x.
         """
-        known, q = self.infer(x, ["x"])  # every y, and the q of every latent: encoded once
+        y = self.representations(x)
+        known = {name: y[k] for k, name in self.y_names.items()}
+        q = {}
+        for k, encoder in enumerate([self.q_u, *self.q_z]):
+            q[self.latents[k]] = encoder(y[k + 1])  # once for all samples
         log_w = []
         for _ in range(samples):
             for name in self.latents:
