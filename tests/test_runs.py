@@ -567,19 +567,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert path.read_bytes() == b"before"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(run, trained, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoints(run, trained, capsys, monkeypatch):
     """One line, exit code 2."""
     def full(checkpoint, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    path = trained("vae") / "last.pt"
-    before = path.read_bytes()
+    folder = trained("vae")
+    before = [(folder / name).read_bytes() for name in ("best.pt", "last.pt")]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         assert run("vae", name="old", resume=True, steps=3, **cheap("vae")) == 2
     assert "No space left" in capsys.readouterr().err
-    assert path.read_bytes() == before
+    assert [(folder / name).read_bytes() for name in ("best.pt", "last.pt")] == before
 
 
 # ---- A user's mistakes: exit code 2, one line on stderr, nothing written -------------------------
