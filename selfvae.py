@@ -632,8 +632,8 @@ def image_of_pixels(pixels):
 # Changed from vae.py: every factor has its own
 #
 # (growth, layers) of the dense blocks of each factor. p_z and p_x have one pair for the branch that
-# reads y or z alone, and one for their other networks. z_channels is what z becomes at the side of
-# y_{k+1}. turn is for each of the three networks that --exact has in place of p_x's joint one.
+# reads y or z alone, and one for their other networks. z_channels is how many channels z becomes
+# in p_x. turn is for each of the three networks that --exact has in place of p_x's joint one.
 WIDTHS = {
     "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
@@ -1411,6 +1411,8 @@ def load_checkpoint(folder, best):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
+    except PermissionError:
+        raise
     except Exception:  # whatever reading what is broken may raise
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:

@@ -758,6 +758,8 @@ def load_checkpoint(folder, best):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
+    except PermissionError:
+        raise
     except Exception:  # whatever reading what is broken may raise
         raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
     if script != SCRIPT:

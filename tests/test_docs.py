@@ -43,6 +43,15 @@ def test_rows_of_the_results_are_those_of_the_runs(capsys):
     assert sorted(rows) == sorted(shown)
 
 
+def test_a_row_has_the_best_validation():
+    """That is what best.pt is, and so what was evaluated."""
+    results = {"step": 2, "elbo_bpd": 3.1, "iw_bpd": 3.0, "iw_bpd_se": 0.1, "iw_elbo_bpd": 3.1,
+               "parameters": 5}
+    log = [{"split": split, "bpd": bpd} for split, bpd in
+           (("train", 2.0), ("valid", 3.2), ("valid", 4.0))]
+    assert longruns.row_of_bounds(results, log)[:3] == ["2", "3.200", "3.100"]
+
+
 # Files of the papers' codes.
 RELEASED = {"loss.py", "distributions.py", "srvae.py", "nn_layers.py", "train.py", "main.py",
             "plotting.py", "misc.py"}

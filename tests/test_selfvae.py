@@ -441,8 +441,8 @@ def test_one_draw_of_u_serves_every_term():
     q_u = model.q_u(halved(x))
     kl_u = q_u.log_prob(u) - model.p_u.log_prob(u)
     torch.testing.assert_close(terms["kl_u"], kl_u, atol=1e-2, rtol=1e-5)
-    for name, latent in (("kl_z_1", u), ("re_x", z)):
-        gradient, = torch.autograd.grad(terms[name].sum(), latent, retain_graph=True)
+    for name, drawn in (("kl_z_1", u), ("re_x", z)):
+        gradient, = torch.autograd.grad(terms[name].sum(), drawn, retain_graph=True)
         assert gradient.any()
 
 
