@@ -670,13 +670,15 @@ def augment(pixels):
 
 
 def _shifted(B, side, device):
-    """Positions 0 … side - 1, of each image shifted by up to 5 %; beyond the edge it is repeated.
+    """Positions 0 … side - 1, of each image shifted by up to 5 %; beyond an edge it is mirrored.
 
-    -> (B, side)
+    Not repeated: a repeated pixel is too easy to predict. -> (B, side)
     """
     reach = math.ceil(0.05 * side)
     shift = torch.randint(-reach, reach + 1, (B, 1), device=device)
-    return (torch.arange(side, device=device) + shift).clamp(0, side - 1)
+    position = (torch.arange(side, device=device) + shift).abs()  # -1 becomes 1
+    last = side - 1
+    return last - (last - position).abs()  # last + 1 becomes last - 1
 
 
 # ---- The discretized mixture of logistics --------------------------------------------------------

@@ -595,6 +595,17 @@ def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Changed from vae.py: points in the plane
+#
+# Of flags whose default depends on the scale. "small" and "points" are ours.
+SCALES = {
+    "paper": dict(epochs=1000, batch_size=64, lr=1e-3, cooldown=0.0),
+    "small": dict(epochs=1000, batch_size=16, lr=1e-3, cooldown=0.2, eval_images=500,
+                  iw_images=200),
+    "points": dict(epochs=20, batch_size=512, lr=3e-3, cooldown=0.0),
+}
+
+
 # Changed from vae.py: no latent and no prior; what the plane needs
 @dataclasses.dataclass
 class Config:
@@ -610,12 +621,12 @@ class Config:
     small: bool = flag(False, "network narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step, all processes together (default 64, points 512)",
-                           fixed=True)
+    batch_size: int = flag(None, "images a step, all processes together (default 64, --small 16, "
+                           "points 512)", fixed=True)
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
                      "from 1000 on falls, to a tenth", fixed=True, low=0)
-    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
-                           fixed=True, low=0, high=1)
+    cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
+                           "(default 0, --small 0.2)", fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
@@ -633,14 +644,12 @@ class Config:
     fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
 
     def __post_init__(self):
-        plane = self.dataset in POINTS
-        self.epochs = self.epochs or (20 if plane else 1000)
-        self.batch_size = self.batch_size or (512 if plane else 64)
-        if self.lr is None:
-            self.lr = 3e-3 if plane else 1e-3
-        if self.small:
-            self.eval_images = self.eval_images or 500
-            self.iw_images = self.iw_images or 200
+        scale = "small" if self.small else "paper"
+        if self.dataset in POINTS:
+            scale = "points"
+        for name, value in SCALES[scale].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def variant(self):

@@ -207,7 +207,7 @@ WIDTHS = {  # (growth, layers) of the dense blocks
     "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: released widths
     # Larger images: ours. With the flow 34 M parameters at 64x64; the paper has 32 to 42 M.
     "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),
-    "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(16, 2)),
+    "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(8, 1)),
 }
 
 
@@ -393,7 +393,9 @@ def train(cfg, model, images, folder, checkpoint):
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, eps=1e-7,  # as released
+    # Adamax divides by the largest gradient so far, which fades by β₂ a step. The first ones are
+    # large: with 0.999, the default as released, they slow the first thousand steps down.
+    optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-7,
                                    foreach=True)  # all parameters in a few calls
     if checkpoint is None:
         state = start_run(cfg, folder, images)
@@ -414,7 +416,11 @@ def train(cfg, model, images, folder, checkpoint):
         x = data.batch(step - 1, rank, world)
         with autocast(cfg):
             terms = costs(x)
-        loss = sum(terms.values()).mean()
+        warming = min(1, step / (cfg.warmup * total + 1))  # 1 without --warmup
+        loss = 0
+        for name, values in terms.items():
+            weight = warming if name.startswith("kl_") else 1
+            loss = loss + weight * values.mean()
         optimizer.zero_grad()
         loss.backward()
         floor = min(cfg.lr, 1e-4)
@@ -626,6 +632,15 @@ def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Of flags whose default depends on --small. "small" is ours, for runs of minutes to an hour.
+SCALES = {
+    "paper": dict(batch_size=32, lr=2e-3, beta2=0.999, warmup=0.0, cooldown=0.0,
+                  iw_samples=512),
+    "small": dict(batch_size=8, lr=6e-3, beta2=0.99, warmup=0.2, cooldown=0.2,
+                  eval_images=500, iw_images=200, iw_samples=64),
+}
+
+
 @dataclasses.dataclass
 class Config:
     """The flags. Defaults are the paper's; where it is silent, the released code's."""
@@ -643,11 +658,17 @@ class Config:
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(32, "images a step, all processes together", fixed=True)
-    lr: float = flag(2e-3, "Adamax's learning rate; times 0.999999 a step, not below 1e-4",
-                     fixed=True, low=0)
-    cooldown: float = flag(0.0, "share of the steps, at the end, in which the rate falls to zero",
-                           fixed=True, low=0, high=1)
+    batch_size: int = flag(None, "images a step, all processes together (default 32, --small 8)",
+                           fixed=True)
+    lr: float = flag(None, "Adamax's learning rate; times 0.999999 a step, not below 1e-4 (default "
+                     "2e-3, --small 6e-3)", fixed=True, low=0)
+    beta2: float = flag(None, "Adamax's β₂ (default 0.999, --small 0.99)", fixed=True, low=0,
+                        high=0.9999)
+    warmup: float = flag(None, "share of the steps, at the beginning, in which the weight of the "
+                         "KLs rises from 0 to 1 (default 0, --small 0.2)", fixed=True, low=0,
+                         high=1)
+    cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
+                           "(default 0, --small 0.2)", fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
@@ -666,11 +687,9 @@ class Config:
     fid: int = flag(None, "samples for FID and Inception Score, often 50000 (default: neither)")
 
     def __post_init__(self):
-        if self.small:
-            self.eval_images = self.eval_images or 500
-            self.iw_images = self.iw_images or 200
-            self.iw_samples = self.iw_samples or 64
-        self.iw_samples = self.iw_samples or 512
+        for name, value in SCALES["small" if self.small else "paper"].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def variant(self):

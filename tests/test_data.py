@@ -773,7 +773,7 @@ def test_memory_mapped_batches_equal_resident_ones(monkeypatch, tmp_path):
 
 
 def test_augment_flips_half_and_shifts_by_at_most_5_percent():
-    """30 rows move by up to 2, 20 columns by up to 1, and the edge is repeated.
+    """30 rows move by up to 2, 20 columns by up to 1, and what is beyond the edge is mirrored.
 
     Each pixel holds its own (row, column), so that the move can be read off. All 5 · 3 · 2 moves
     occur, and nothing else; of 1,000 images 500 are mirrored, ± 5 standard deviations of √250.
@@ -784,8 +784,8 @@ def test_augment_flips_half_and_shifts_by_at_most_5_percent():
     flips = {}
     for dy in range(-2, 3):
         for dx in range(-1, 2):
-            rows = np.clip(np.arange(30) + dy, 0, 29)
-            columns = np.clip(np.arange(20) + dx, 0, 19)
+            rows = np.pad(np.arange(30), 2, mode="reflect")[2 + dy:][:30]
+            columns = np.pad(np.arange(20), 1, mode="reflect")[1 + dx:][:20]
             moved = place[rows][:, columns]
             flips[moved.tobytes()] = 0
             flips[moved[:, ::-1].tobytes()] = 1

@@ -418,7 +418,7 @@ def test_rate_and_clipping(monkeypatch, step, factor):
     model = make()
     monkeypatch.setattr(model, "costs", steep)
     monkeypatch.setattr(torch.optim.Adam, "step", stop)
-    first_step(model, step, lr=0.01, steps=step)
+    first_step(model, step, lr=0.01, steps=step, cooldown=0)
     assert seen[0] == (pytest.approx(0.01 * factor), pytest.approx(100, rel=1e-3))
 
 

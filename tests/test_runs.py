@@ -36,8 +36,8 @@ COMBOS = [
     ("selfvae", dict(levels=1, exact=True)),
     ("selfvae", dict(levels=2, prior="normal", size=32)),
     ("selfvae", dict(transform="sketch", prior="normal")),
-    ("realnvp", {}),
-    ("realnvp", dict(dataset="mnist")),
+    ("realnvp", dict(cooldown=0)),
+    ("realnvp", dict(dataset="mnist", cooldown=0)),
     ("realnvp", dict(dataset="moons", batch_size=500)),
     ("dcvae", {}),
     ("dcvae", dict(loss="vae", dataset="mnist", eval_images=5)),
@@ -47,8 +47,9 @@ COMBOS = [
 ]
 IDS = [" ".join([script, *map(str, flags.values())]) for script, flags in COMBOS]
 FIRST = [COMBOS[0], COMBOS[3], COMBOS[7], COMBOS[14]]  # one of each script
-CHEAPEST = {"vae": dict(prior="normal"), "selfvae": dict(prior="normal", levels=1),
-            "realnvp": {}, "dcvae": dict(d_steps=2)}
+CHEAPEST = {"vae": dict(prior="normal", warmup=0, cooldown=0),
+            "selfvae": dict(prior="normal", levels=1, warmup=0, cooldown=0),
+            "realnvp": dict(cooldown=0), "dcvae": dict(d_steps=2)}
 BOUNDS = ("vae", "selfvae")  # the scripts that report the ELBO as reconstruction errors and KLs
 
 
@@ -397,6 +398,23 @@ def test_cooldown(script, run, tmp_path, training_only, monkeypatch):
             assert run(script, name="parts", steps=end, **flags, **how) == 130
     assert run(script, name="parts", steps=6, resume=True, **flags) == 0
     assert_same_end(folder / "whole", folder / "parts")
+
+
+@pytest.mark.parametrize("script", BOUNDS)
+def test_warmup(script, run, training_only, monkeypatch):
+    """The weight of the KLs, and of nothing else, rises on a line to 1 after half of the steps."""
+    names = ["kl_u", "re_y_1", "kl_z_1", "re_x"]
+    leaves = []
+
+    def costs(x):
+        leaves.append([torch.ones(len(x), requires_grad=True) for _ in names])
+        return dict(zip(names, leaves[-1]))
+
+    monkeypatch.setattr(f"{script}.parallel", lambda cfg, model: costs)
+    assert run(script, name="run", steps=4, **cheap(script, warmup=0.5, eval_every=9)) == 0
+    for step, weight in enumerate((1 / 3, 2 / 3, 1, 1)):
+        gradients = [leaf.grad.sum().item() for leaf in leaves[step]]
+        assert gradients == pytest.approx([weight, 1, weight, 1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

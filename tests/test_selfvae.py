@@ -13,7 +13,6 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import selfvae
 import vae
-import waking_z
 from common import (
     Batches, UserError, bits_per_dim, from_uint8, log_mean_exp, mean_terms, quantize,
     to_uint8)
@@ -709,59 +708,3 @@ def test_variations_share_the_other_latents(redrawn):
         z = calls[0][-1].unflatten(0, (2, 3))
         assert torch.equal(z[:, 0], z[:, 1]) == (name not in redrawn)
         assert not torch.equal(z[0], z[1])
-
-
-# ---- What docs/lab/waking_z.py changes in training ---------------------------------------------
-
-@pytest.mark.parametrize("levels, names", [(0, ["kl_u"]), (2, ["kl_z_1", "kl_z_2"])])
-def test_warm_up(monkeypatch, levels, names):
-    """The KL of every z_k, of u in a VAE, is weighted by the share of the warm-up that is done.
-
-    Initialisation and the bound do not count as steps.
-    """
-    monkeypatch.setattr(waking_z, "WARM_UP_STEPS", 4)
-    model = waking_z.WarmUp(Config(levels=levels, small=True), (3, 32, 32))
-    x = noise_images(4, size=32)
-    model.initialize(x)
-    for weight in (0.25, 0.5, 0.75, 1, 1):
-        costs = seeded(model, x)
-        terms = seeded(model.terms, x)
-        seeded(model.elbo, x)
-        for name in names:
-            terms[name] = weight * terms[name]
-        torch.testing.assert_close(costs, terms)
-
-
-@pytest.mark.parametrize("free", [0.999, 2.0])
-def test_free_bits(monkeypatch, free):
-    """A mean KL above what is free has its whole gradient, one below it costs that and has none."""
-    model = waking_z.FreeBits(Config(small=True), (3, 16, 16))
-    x = noise_images(4)
-    terms = seeded(model.terms, x)
-    kl = terms["kl_z_1"].mean()
-    assert terms["kl_z_1"].min() < 0.999 * kl  # so a floor for each image would show
-    bias = model.q_z[0][-1].bias
-    wanted, = torch.autograd.grad(kl, bias)
-    assert wanted.abs().max() > 0
-    monkeypatch.setattr(waking_z, "FREE_NATS", free * kl.item())
-    costs = seeded(model, x)
-    gradient, = torch.autograd.grad(costs["kl_z_1"].mean(), bias)
-    torch.testing.assert_close(gradient, wanted if free < 1 else 0 * wanted)
-    terms["kl_z_1"] = max(1, free) * kl.expand(4)
-    torch.testing.assert_close(costs, terms)
-
-
-def test_without_y():
-    """Where z is known, p(x|y, z) differs from one y to another by its shift alone."""
-    model = waking_z.WithoutY(Config(levels=2, small=True), (3, 32, 32))
-    p_x = model.p_x[1]
-    z = torch.randn(1, *selfvae.LATENT)
-    seen = inputs_of(p_x.joint[0])
-    y = [halved(noise_images(1, size=32)) for _ in range(2)]
-    means = [p_x(y_2, z).mean for y_2 in y]
-    torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
-    assert seen[0][0].abs().max() > 0
-    assert not torch.equal(*means)
-    for flags in (dict(levels=0), dict(exact=True)):
-        with pytest.raises(UserError, match="levels 1 or more and no --exact"):
-            waking_z.WithoutY(Config(small=True, **flags), (3, 32, 32))
