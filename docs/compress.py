@@ -4,6 +4,8 @@
     python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
     python docs/compress.py sizes RUN_FOLDER [COUNT]         what they cost up to y_1, y_2, …, x,
                                                              beside the bound, PNG and WebP
+    python docs/compress.py photo RUN_FOLDER PICTURE [SIDE]  your photograph, there and back, cut
+                                                             into tiles of the model's SIDE (64)
 
 RUN_FOLDER is the folder of a run of vae.py or selfvae.py; if the run's data_dir is relative, start
 this where the run was started. The size is the bound's under a normal prior; under a flow it is
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
+from PIL import Image
 from torch.nn.utils.parametrize import cached
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,6 +39,7 @@ from common import (  # noqa: E402 (needs the path)
 from selfvae import image_of_pixels, pixels_of_blocks  # noqa: E402
 from vae import LATENT, VAE, MoGPrior  # noqa: E402
 
+FORMATS = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 100, "method": 6}}
 SLOT_BITS = 20  # 2^20 slots are shared out among the symbols
 LANES = 64  # coders side by side
 VALUES = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # of a pixel
@@ -541,17 +545,59 @@ def sizes(folder, count=None):
         name = "x" if k == codec.K else f"y_{k + 1}"
         print(f"| {name} | {bound:.4f} | {bits / dims:.4f} | {popped[k] / dims:.4f} |")
     print(f"| x, -bound by 16 importance samples | {weighted['iw_bpd']:.4f} | | |")
-    for name, options in (("PNG", {"optimize": True}),
-                          ("WebP", {"lossless": True, "quality": 100, "method": 6})):
+    for name in FORMATS:
         total = 0
         for image in images.test[:test.count]:
-            file = io.BytesIO()
-            TF.to_pil_image(image).save(file, name, **options)
-            total += 8 * len(file.getvalue())
+            total += picture_bits(image, name)
         print(f"| x as {name}, a file each | | {total / test.count / dims:.4f} | |")
     print(f"\nImages: {test.count}, of {images.name}. The stack began with {at_first:,.0f} bits, "
           f"as many as {at_first / bits:.2f} images cost: 1 % of "
           f"{math.ceil(100 * at_first / bits)}.")
+
+
+def picture_bits(image, name):
+    """How many bits a file of one of FORMATS has, headers included. image is uint8 (H, W, C)."""
+    file = io.BytesIO()
+    TF.to_pil_image(image).save(file, name, **FORMATS[name])
+    return 8 * len(file.getvalue())
+
+
+def photo(folder, path, side="64"):
+    """Push a photograph's tiles of `side` pixels a side, pop them again, and print what they cost.
+
+    What is left over on its right and at its bottom is cut off. PNG and WebP have the same pixels,
+    in one file, so that they may learn from one tile for the next, as the model may not.
+    """
+    if not side.isdecimal() or int(side) < 8:
+        raise UserError(f"SIDE must be a whole number from 8 on, not {side}")
+    side = int(side)
+    codec, _ = load_codec(folder, (3, side, side))
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))  # (H, W, 3)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from None
+    rows = pixels.shape[0] // side
+    columns = pixels.shape[1] // side
+    if rows * columns == 0:
+        raise UserError(f"{path} is smaller than one tile of {side}x{side}")
+    pixels = pixels[:rows * side, :columns * side]
+    tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    stack, at_first, rate = push_images(codec, Batches(tiles, 1, "cpu"))
+    written = stack.bits()
+    progress = Progress(len(tiles))
+    for tile in tiles[::-1]:
+        x = to_uint8(codec.pop(stack))[0].permute(1, 2, 0).numpy()
+        if not np.array_equal(x, tile):
+            raise UserError("a tile did not come back: sender and receiver computed other numbers")
+        progress.step()
+    dims = pixels.size
+    print(f"{columns * side}x{rows * side} pixels, {len(tiles)} tiles, back bit for bit; "
+          f"{rate:.2f} tiles/s there, {progress.rate():.2f} back")
+    print(f"{'bits per dimension, net':34}{(written - at_first) / dims:.3f}")
+    print(f"{'with the bits of the beginning':34}{written / dims:.3f}")
+    for name in FORMATS:
+        print(f"{name:34}{picture_bits(pixels, name) / dims:.3f}")
 
 
 def popped_until_seen(codec, test):
@@ -582,9 +628,11 @@ def main(argv):
             command = read
         elif argv[:1] == ["sizes"] and len(argv) in (2, 3):
             command = sizes
+        elif argv[:1] == ["photo"] and len(argv) in (3, 4):
+            command = photo
         else:
-            raise UserError("write RUN_FOLDER FILE [COUNT], read RUN_FOLDER FILE, or sizes "
-                            "RUN_FOLDER [COUNT]; see --help")
+            raise UserError("write RUN_FOLDER FILE [COUNT], read RUN_FOLDER FILE, sizes RUN_FOLDER "
+                            "[COUNT], or photo RUN_FOLDER PICTURE [SIDE]; see --help")
         with torch.no_grad(), cached():
             command(*argv[1:])
     except (UserError, OSError, FloatingPointError) as error:

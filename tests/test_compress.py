@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import vae
 from common import Dmol, UserError, dmol_channels, quantize
 from conftest import MODELS, narrow_networks, save_untrained
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)
@@ -307,6 +308,30 @@ def test_sizes(tmp_path, tiny_data, capsys, script, flags, dims, shown):
         assert 0 < float(table[f"x as {name}, a file each"][1]) < 16
 
 
+def test_photo(tmp_path, capsys):
+    """Tiles go there and come back; PNG costs what the same pixels cost as a file."""
+    folder = str(save_untrained(tmp_path / "run", "selfvae", prior="normal", exact=True))
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    photo = ["photo", folder, str(tmp_path / "photo.png")]
+    assert compress.main([*photo, "16"]) == 0
+    says, net, whole, png, _ = capsys.readouterr().out.splitlines()
+    assert says.startswith("48x32 pixels, 6 tiles, back bit for bit")
+    assert 7 < float(net.split()[-1]) < float(whole.split()[-1])
+    Image.fromarray(pixels[:32, :48]).save(tmp_path / "cut.png", optimize=True)
+    bits = 8 * (tmp_path / "cut.png").stat().st_size
+    assert float(png.split()[-1]) == pytest.approx(bits / (32 * 48 * 3), abs=1e-3)
+
+
+def test_photo_sees_what_did_not_come_back(tmp_path, capsys, monkeypatch):
+    """Else "bit for bit" is said whatever the receiver finds."""
+    folder = str(save_untrained(tmp_path / "run", "vae", prior="normal"))
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(compress.Codec, "pop", lambda codec, stack: torch.zeros(1, 3, 16, 16))
+    assert compress.main(["photo", folder, str(tmp_path / "photo.png"), "16"]) == 2
+    assert "did not come back" in capsys.readouterr().err
+
+
 def test_bad_files(tmp_path, tiny_data, capsys):
     """One line and exit code 2, and no images: what is cut, damaged, foreign, of other weights."""
     folder = save_untrained(tmp_path / "run", "vae", data_dir=str(tiny_data), prior="normal")
@@ -325,6 +350,11 @@ def test_bad_files(tmp_path, tiny_data, capsys):
     refused("is no folder", "write", folder, tmp_path / "nowhere" / "images.ans", 2)
     refused("is missing", "write", tmp_path, path, 2)
     refused("see --help", "squeeze", folder, path)
+    Image.new("RGB", (40, 15)).save(tmp_path / "low.png")
+    refused("is smaller than one tile", "photo", folder, tmp_path / "low.png", 16)
+    refused("SIDE must be", "photo", folder, tmp_path / "low.png", "abc")
+    refused("of another model", "photo", folder, tmp_path / "low.png", 32)
+    refused("can be read", "photo", folder, tmp_path / "nothing.png", 16)
     refused("cannot be read", "read", folder, path)
     assert compress.main(["write", str(folder), str(path), "2"]) == 0
 

@@ -28,15 +28,16 @@ from test_agreements import BLOCK, INDEX, PAGES, PYTHON, SOURCES, TEXTS, command
 from test_runs import cut_short, records
 from two_processes import nothing
 
+RUNS = ROOT / "docs" / "lab" / "runs.md"
 DERIVATIONS = ["vae.md", "realnvp.md", "selfvae.md", "dcvae.md", "likelihood.md", "evaluation.md"]
 
 
 def test_rows_of_the_results_are_those_of_the_runs(capsys):
-    """Else a number in results.md was typed by hand, or is of another run than docs/lab/logs."""
+    """Else a number in lab/runs.md was typed by hand, or is of another run than docs/lab/logs."""
     longruns.main("table")
     printed = capsys.readouterr().out.splitlines()
     shown = []
-    for line in TEXTS["results.md"].splitlines():
+    for line in RUNS.read_text(encoding="utf-8").splitlines():
         if line.startswith("| ") and line.split()[1] in longruns.COMMANDS:
             shown.append(line)
     rows = [line for line in printed if line.startswith("| ") and not line.startswith("| run ")]
@@ -83,15 +84,14 @@ OTHERS = {"nproc_per_node", "solution", "img_size", "bottom_width"}
 
 
 def test_every_flag_named_in_the_docs_exists():
-    """Also those that stand in a sentence. Commands of results.md are those of their commits."""
+    """Also those that stand in a sentence."""
     known = OTHERS | {"help"}
     for script in SCRIPTS:
         for field in dataclasses.fields(importlib.import_module(script).Config):
             known |= {field.name, f"no-{field.name}"} if field.type is bool else {field.name}
     for page, text in TEXTS.items():
-        if page != "results.md":
-            named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
-            assert named <= known, (page, named - known)
+        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+        assert named <= known, (page, named - known)
 
 
 # ---- Equations -----------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def made_by(picture, section):
 def test_figures_are_small_and_have_their_command():
     """Every PNG is shown in the docs, and where it is shown stands a command that made it."""
     shown = set()
-    for page, text in TEXTS.items():
+    for page, text in {**TEXTS, "runs.md": RUNS.read_text(encoding="utf-8")}.items():
         for section in re.split(r"^## ", text, flags=re.M):
             pictures = set(re.findall(r"figures/([\w.-]+\.png)", section))
             shown |= pictures

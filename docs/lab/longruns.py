@@ -1,11 +1,11 @@
-"""The runs behind docs/results.md, each a plain command line.
+"""The runs behind docs/lab/runs.md, each a plain command line.
 
     python docs/lab/longruns.py …
 
     (no word)  run what is not finished, two at a time, one thread each, at
                low priority; what was interrupted goes on where it was
     list       what is done, and how long the rest takes
-    table      the rows of docs/results.md, from docs/lab/logs
+    table      the rows of docs/lab/runs.md, from docs/lab/logs
     keep       copy the logs and results of finished runs to docs/lab/logs
     weights    write the trained models of finished runs to docs/models
 
@@ -65,7 +65,7 @@ COMMANDS = {
     "cifar10-vae-s1": f"vae.py --steps 12000 --seed 1 {CIFAR10}",
     "imagenette-K1-exact": f"selfvae.py --levels 1 --exact --steps 3000 {IMAGENETTE}",
     "imagenette-K3-exact": f"selfvae.py --levels 3 --exact --steps 3000 {IMAGENETTE}",
-    "imagenette-K2": f"selfvae.py --levels 2 --steps 4500 {IMAGENETTE}",
+    "imagenette-K2-s0": f"selfvae.py --levels 2 --steps 4500 {IMAGENETTE}",
     "cifar10-K1": f"selfvae.py --levels 1 --steps 8000 {CIFAR10}",
     "cifar10-vae-normal": f"vae.py --prior normal --steps 12000 {CIFAR10}",
     "cifar10-vae-mog": f"vae.py --prior mog --steps 12000 {CIFAR10}",
@@ -76,6 +76,10 @@ COMMANDS = {
     "dcvae-cifar10-contrastive":
         f"dcvae.py --dataset cifar10 --loss contrastive --kl_weight 3e-3 {GAME}",
     "dcvae-cifar10-vae": f"dcvae.py --dataset cifar10 --loss vae {GAME}",
+    "dcvae-imagenette-progan":
+        "dcvae.py --dataset imagenette --latent 128 --small --log_every 100 --steps 3600 "
+        "--phase_steps 300 --eval_every 300 --batch_size 8 --kl_weight 3e-3 --momentum 0.99 "
+        "--ema 0.99 --negatives 2048 --eval_images 500",
     "dcvae-mnist": f"dcvae.py --dataset mnist --latent 32 --kl_weight 3e-3 {GAME}",
     "dcvae-mnist-vae": f"dcvae.py --dataset mnist --latent 32 --loss vae {GAME}",
 }
@@ -134,7 +138,7 @@ def progress(name):
 
 
 def keep(name):
-    """Copy what docs/results.md is made of: the log, the results, the core's time, the command."""
+    """Copy what docs/lab/runs.md is made of: the log, the results, the core's time, the command."""
     folder = RUNS / name
     if not (folder / "results.json").exists():
         return
@@ -177,8 +181,8 @@ def weights(name):
 
 BOUNDS = ["steps", "validation bpd", "ELBO bpd", "IW-16 bpd ± se", "ELBO bpd, same images", "RE",
           "KL", "parameters", "minutes of a core"]
-TERMS = ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_x", "dB of draws given y", "of means",
-         "of bicubic"]
+TERMS = ["kl_u", "re_y_1", "kl_z_1", "re_y_2", "kl_z_2", "re_y_3", "kl_z_3", "re_x",
+         "dB of draws given y", "of means", "of bicubic"]
 GAMES = ["steps", "pixel distance", "the same, last three validations", "KL, nats",
          "latents in use", "contrast, nats", "accuracy, %", "D: real", "reconstructed", "sampled",
          "probe, % wrong (pixels)", "minutes of a core"]
@@ -198,7 +202,7 @@ def row_of_terms(results, log):
     """The columns TERMS of a run of selfvae.py: in bits per dimension of x, then PSNR of x̂."""
     bpd_of_a_nat = results["elbo_bpd"] / (results["re_nats"] + results["kl_nats"])
     cells = []
-    for name in TERMS[:6]:
+    for name in TERMS[:8]:
         nats = results.get(name)
         cells.append(number(nats and nats * bpd_of_a_nat, ".3f"))
     for name in ("conditional_generate_psnr", "conditional_generate_psnr_mean", "bicubic_psnr"):
@@ -226,7 +230,7 @@ def number(value, form):
 
 
 def print_table(names, columns, row):
-    """The rows of docs/results.md: what a run's results, and its validations, say."""
+    """The rows of docs/lab/runs.md: what a run's results, and its validations, say."""
     print("| run | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name in names:
         path = LOGS / f"{name}-results.json"
