@@ -672,7 +672,7 @@ def augment(pixels):
 def _shifted(B, side, device):
     """Positions 0 … side - 1, of each image shifted by up to 5 %; beyond an edge it is mirrored.
 
-    Not repeated: a repeated pixel is too easy to predict. -> (B, side)
+    Not repeated: a repeated pixel is too easy to predict. The side is at least 2. -> (B, side)
     """
     reach = math.ceil(0.05 * side)
     shift = torch.randint(-reach, reach + 1, (B, 1), device=device)

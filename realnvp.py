@@ -597,7 +597,7 @@ def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
 
 # Changed from vae.py: points in the plane
 #
-# Of flags whose default depends on the scale. "small" and "points" are ours.
+# Defaults of the flags that depend on the scale. "small" and "points" are ours.
 SCALES = {
     "paper": dict(epochs=1000, batch_size=64, lr=1e-3, cooldown=0.0),
     "small": dict(epochs=1000, batch_size=16, lr=1e-3, cooldown=0.2, eval_images=500,
@@ -626,7 +626,7 @@ class Config:
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
                      "from 1000 on falls, to a tenth", fixed=True, low=0)
     cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
-                           "(default 0, --small 0.2)", fixed=True, low=0, high=1)
+                           "(default 0, --small on images 0.2)", fixed=True, low=0, high=1)
     seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "

@@ -569,13 +569,13 @@ def photo(folder, path, side="64"):
     in one file, so that they may learn from one tile for the next, as the model may not.
     """
     if not side.isdecimal() or int(side) < 8:
-        raise UserError(f"SIDE must be a whole number from 8 on, not {side}")
+        raise UserError(f"SIDE must be a whole number of at least 8, not {side}")
     side = int(side)
     codec, _ = load_codec(folder, (3, side, side))
     try:
         with Image.open(path) as file:
             pixels = np.array(file.convert("RGB"))  # (H, W, 3)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read: {error}") from None
     rows = pixels.shape[0] // side
     columns = pixels.shape[1] // side

@@ -323,7 +323,7 @@ def anchors(text):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("docs/**/README.md")],
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("docs/*/*.md")],
                          ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
     text = page.read_text(encoding="utf-8")
@@ -439,6 +439,19 @@ def test_figures_of_x_given_y(draw, other, rows, folder, tiny_data):
     assert np.array_equal(pictures[1][:, ::2, ::2], halved(x))
     if exact:
         assert np.array_equal(halved(pictures[2]), halved(x)) and not pictures[3].any()
+
+
+def test_figure_of_enlarged_images(folder, tiny_data):
+    """Each y_k above images that have it, as an exact model's have; then x."""
+    run = save_untrained(folder / "a", "selfvae", size=32, levels=2, exact=True)
+    figures.enlarge(run, data_dir=tiny_data)
+    y_1, from_y_1, y_2, from_y_2, x = pictures_on(folder / "enlarge.png", 32)
+    assert np.array_equal(x, np.load(tiny_data / "shapes-32" / "test.npy")[:8])
+    assert np.array_equal(y_2[:, ::2, ::2], halved(x))
+    assert np.array_equal(halved(from_y_2), halved(x)) and not np.array_equal(from_y_2, x)
+    assert np.array_equal(y_1[:, ::4, ::4], halved(halved(x)))
+    assert np.array_equal(halved(halved(from_y_1)), halved(halved(x)))
+    assert not np.array_equal(halved(from_y_1), halved(x))
 
 
 def halved(x):

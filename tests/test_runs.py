@@ -401,7 +401,7 @@ def test_cooldown(script, run, tmp_path, training_only, monkeypatch):
 
 
 @pytest.mark.parametrize("script", BOUNDS)
-def test_warmup(script, run, training_only, monkeypatch):
+def test_warmup(script, run, tmp_path, training_only, monkeypatch):
     """The weight of the KLs, and of nothing else, rises on a line to 1 after half of the steps."""
     names = ["kl_u", "re_y_1", "kl_z_1", "re_x"]
     leaves = []
@@ -415,6 +415,21 @@ def test_warmup(script, run, training_only, monkeypatch):
     for step, weight in enumerate((1 / 3, 2 / 3, 1, 1)):
         gradients = [leaf.grad.sum().item() for leaf in leaves[step]]
         assert gradients == pytest.approx([weight, 1, weight, 1])
+    assert records(tmp_path / "runs" / "run")[0]["kl_u"] == 1  # the log has the bound itself
+
+
+@pytest.mark.parametrize("script", BOUNDS)
+def test_small_has_defaults_of_its_own(script, run, tmp_path, training_only):
+    """What is typed stays, also 0; β₂ reaches Adamax."""
+    Config = importlib.import_module(script).Config
+    names = ("batch_size", "lr", "beta2", "warmup", "cooldown")
+    for flags, expected in ((dict(), [32, 2e-3, 0.999, 0, 0]),
+                            (dict(small=True), [8, 6e-3, 0.99, 0.2, 0.2]),
+                            (dict(small=True, batch_size=4, warmup=0), [4, 6e-3, 0.99, 0, 0.2])):
+        assert [getattr(Config(**flags), name) for name in names] == expected
+    assert run(script, name="run", steps=1, **cheap(script, beta2=0.9)) == 0
+    group, = load(tmp_path / "runs" / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert group["betas"] == (0.9, 0.9)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

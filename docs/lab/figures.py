@@ -16,6 +16,8 @@
     given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
                 seconds: y and draws of x given y by selfvae.py with five
                 transformations
+    enlarge RUN_FOLDER
+                seconds: draws of x by a selfvae.py, given y_1, given y_2, …
     sides RUN_FOLDER
                 a second: what a growing dcvae.py made of the same codes
                 at the end of each side, from its samples/
@@ -333,7 +335,7 @@ def draw_holes(row, name, model, images):
     of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
 
 
-# ---- exact, given, sides: sheets of finished runs ------------------------------------------------
+# ---- exact, given, enlarge, sides: sheets of finished runs ---------------------------------------
 
 def trained(run, data_dir):
     """A run of selfvae.py -> its Config, its images, its best model."""
@@ -369,6 +371,23 @@ def exact(*runs, data_dir="data"):
         rows |= {"x": x, "y = d(x)": selfvae.enlarged(of["y"], x), f"x̂ from y, {name}": of["draw"],
                  f"8 |d(x̂) - y|, {name}": selfvae.enlarged(8 * missed - 1, x).clamp(-1, 1)}
     save_sheet(FOLDER / "exact.png", of["title"], rows, keep_columns=True)
+
+
+@torch.no_grad()
+def enlarge(run, data_dir="data"):
+    """Of eight test images: every y_k and, given it, a draw of x; then x."""
+    cfg, images, model = trained(run, data_dir)
+    x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
+    y = model.representations(x)
+    torch.manual_seed(0)
+    rows = {}
+    for k in range(1, model.K + 1):
+        known, _ = model.infer(x, [f"y_{k}"])
+        rows[f"y_{k}, {y[k].shape[-1]}x{y[k].shape[-1]}"] = selfvae.enlarged(y[k], x)
+        rows[f"x̂ from y_{k}"] = model.sample(len(x), known=known)
+    rows["x"] = x
+    title = f"selfvae.py, {images.name} {images.size}x{images.size}, test\ndraws of x given y_k"
+    save_sheet(FOLDER / "enlarge.png", title, rows, keep_columns=True)
 
 
 def given(*runs, data_dir="data"):
@@ -410,8 +429,7 @@ def sides(run):
 
 # ---- race ----------------------------------------------------------------------------------------
 
-RACERS = {"imagenette-vae-block1": "VAE", "imagenette-K2-block1": "K = 2",
-          "imagenette-K2-block2-all": "K = 2, blocks of 2x2",
+RACERS = {"imagenette-vae": "VAE", "imagenette-K2": "K = 2",
           "imagenette-K2-exact": "K = 2, --exact"}
 
 
@@ -450,8 +468,8 @@ def race(batch_size=8):
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "exact": exact, "given": given, "sides": sides, "race": race}
-    folders = {"tighten": 1, "exact": 2, "given": 5, "sides": 1}
+               "exact": exact, "given": given, "enlarge": enlarge, "sides": sides, "race": race}
+    folders = {"tighten": 1, "exact": 2, "given": 5, "enlarge": 1, "sides": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)
