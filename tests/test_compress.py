@@ -308,14 +308,24 @@ def test_sizes(tmp_path, tiny_data, capsys, script, flags, dims, shown):
         assert 0 < float(table[f"x as {name}, a file each"][1]) < 16
 
 
-def test_photo(tmp_path, capsys):
+def test_photo(tmp_path, capsys, monkeypatch):
     """Tiles go there and come back; PNG costs what the same pixels cost as a file."""
     folder = str(save_untrained(tmp_path / "run", "selfvae", prior="normal", exact=True))
     pixels = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
+    tiles = []
+    push = compress.Codec.push
+
+    def push_and_see(codec, stack, x):
+        tiles.append(compress.to_uint8(x)[0].permute(1, 2, 0).numpy())
+        push(codec, stack, x)
+
+    monkeypatch.setattr(compress.Codec, "push", push_and_see)
     photo = ["photo", folder, str(tmp_path / "photo.png")]
     assert compress.main([*photo, "16"]) == 0
     says, net, whole, png, _ = capsys.readouterr().out.splitlines()
+    assert np.array_equal(tiles[1], pixels[:16, 16:32])
+    assert np.array_equal(tiles[3], pixels[16:32, :16])
     assert says.startswith("48x32 pixels, 6 tiles, back bit for bit")
     assert 7 < float(net.split()[-1]) < float(whole.split()[-1])
     Image.fromarray(pixels[:32, :48]).save(tmp_path / "cut.png", optimize=True)
