@@ -1,8 +1,8 @@
-"""The exercises of docs/exercises.md. For whoever solves them:
+"""Empties and restores the functions of docs/exercises.md. For students:
 
-    python docs/exercises.py 3               empties the functions of exercise 3 in this tree, for
-                                              you to write
-    python docs/exercises.py 3 --solution    puts those of the last commit back, and nothing else
+    python docs/exercises.py 3               empties the functions of exercise 3, for you to write,
+                                              and others that would give them away
+    python docs/exercises.py 3 --solution    puts all of these back as in the last commit
 
 `python docs/exercises.py grade` is for tests/test_docs.py.
 """
@@ -23,16 +23,38 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def exercises():
     """docs/exercises.md -> {number: ([(file, function)], [(test file, test)])}."""
+    found = {}
+    for number, text in texts().items():
+        found[number] = (listed(text, "Write"), listed(text, "Tests"))
+    return found
+
+
+def texts():
+    """{number: text} of the exercises."""
     page = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8").split("\n## Open")[0]
     _, *parts = re.split(r"^## Exercise (\d+)", page, flags=re.M)
-    found = {}
-    for number, text in zip(parts[::2], parts[1::2]):
-        found[int(number)] = (listed(text, "Empty"), listed(text, "Tests"))
+    return {int(number): text for number, text in zip(parts[::2], parts[1::2])}
+
+
+def emptied_by(number):
+    """Everything that an exercise empties: [(file, function, number of its own exercise)].
+
+    Its own functions; and those that it hides, because they hold its solution.
+    """
+    all_of = exercises()
+    found = [(file, name, number) for file, name in all_of[number][0]]
+    for hidden in listed(texts()[number], "Hides"):
+        for other, (functions, _) in all_of.items():
+            if hidden in functions:
+                found.append((*hidden, other))
     return found
 
 
 def listed(text, what):
-    """What the lines "- **Empty** …" or "- **Tests** …" name: [(file, function)]."""
+    """The names in the lines "- **Write** …", "- **Hides** …", "- **Tests** …".
+
+    -> [(file, function)].
+    """
     names = []
     for line in re.findall(rf"- \*\*{what}\*\* (.*)", text):
         for name in re.findall("`([^`]+)`", line):
@@ -89,7 +111,8 @@ def emptied(source, name, message):
 
 def message_of(number, name):
     """What the NotImplementedError of an emptied function says."""
-    return f"exercise {number}: {name}"
+    return (f"{name} is yours to write; to restore ours: "
+            f"python docs/exercises.py {number} --solution")
 
 
 def empty(functions, root, number):
@@ -117,13 +140,21 @@ def main(words):
     told = []
     try:
         for number in numbers:
-            functions, _ = all_of[number]
-            for file, name in functions:
+            for file, name, its_number in emptied_by(number):
                 committed = committed_source(file)
                 if file not in sources:
                     sources[file] = (ROOT / file).read_text(encoding="utf-8")
-                sources[file] = rewritten(sources[file], committed, file, name, number, solution)
-                state = "that of the last commit again" if solution else "yours to write"
+                hidden = its_number != number
+                if hidden and is_yours(sources[file], committed, name, its_number):
+                    continue
+                sources[file] = rewritten(sources[file], committed, file, name, its_number,
+                                          solution)
+                if solution:
+                    state = "that of the last commit again"
+                elif hidden:
+                    state = f"hidden until exercise {its_number}"
+                else:
+                    state = "yours to write"
                 told.append(f"exercise {number}: {file}: {name} is {state}")
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -148,18 +179,26 @@ def rewritten(source, committed, file, name, number, solution):
 
     ValueError if it cannot be found, or if emptying it would lose what is not committed.
     """
-    message = message_of(number, name)
     try:
-        mine = lines_of(source, name)
+        lines_of(source, name)
     except (SyntaxError, AttributeError) as error:  # AttributeError: it is not there
         raise ValueError(f"{file}: there is no {name} to replace ({error})") from None
     ours = lines_of(committed, name)
     if solution:
         return replaced(source, name, ours)
-    if mine not in (ours, lines_of(emptied(committed, name, message), name)):
+    if is_yours(source, committed, name, number):
         raise ValueError(f"{file}: {name} is not that of the last commit: commit yours first, or "
                          "it would be lost")
-    return emptied(source, name, message)
+    return emptied(source, name, message_of(number, name))
+
+
+def is_yours(source, committed, name, number):
+    """Whether a function is neither that of the last commit nor empty: somebody wrote it."""
+    if not definition(source, name):
+        return True
+    ours = lines_of(committed, name)
+    empty_one = lines_of(emptied(committed, name, message_of(number, name)), name)
+    return lines_of(source, name) not in (ours, empty_one)
 
 
 # ---- Grading, for tests/test_docs.py -------------------------------------------------------------

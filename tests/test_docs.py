@@ -323,7 +323,7 @@ def anchors(text):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("docs/*/*.md")],
+@pytest.mark.parametrize("page", [*PAGES, INDEX, *ROOT.glob("docs/*/*.md")],
                          ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
     text = page.read_text(encoding="utf-8")
@@ -500,9 +500,10 @@ def test_alike():
 
 @pytest.mark.parametrize("page", DERIVATIONS)
 def test_numeric_example(page):
-    """The last section of a derivation is code and what it prints."""
-    (_, code), (_, expected) = BLOCK.findall(TEXTS[page].split("\n## ")[-1])
-    assert TEXTS[page].rstrip().endswith("```")
+    """A derivation ends with code and what it prints; what is to be looked up comes after that."""
+    (section,) = re.findall(r"^## \d+\. A numeric example$(.*?)(?=^## |\Z)", TEXTS[page],
+                            re.M | re.S)
+    (_, code), (_, expected) = BLOCK.findall(section)
     assert len(code.splitlines()) <= 35
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -513,9 +514,10 @@ def test_numeric_example(page):
 # ---- Commands: all parse (test_agreements), the cheap ones are run -------------------------------
 
 def cheap_commands():
-    """README's commands that need no download: [(script, argument, …)]."""
+    """Commands of README, the course and running.md without a download: [(script, argument, …)]."""
     found = {}
-    for script, words in commands(TEXTS["README.md"]):
+    pages = [TEXTS[page] for page in ("README.md", "docs/README.md", "running.md")]
+    for script, words in commands("\n".join(pages)):
         if script in MODELS and not {*words} & {"cifar10", "imagenette", "--fid"}:
             found[script, *words] = None
     return list(found)
@@ -579,7 +581,7 @@ def test_trained_weights_are_a_model_of_today(path):
 
 # ---- Exercises -----------------------------------------------------------------------------------
 
-DURATIONS = r".* \((an hour|two hours|half a day|a day|two days|a week)\)\n"
+DURATIONS = r".* \((half an hour|an hour|two hours|half a day|a day|two days|a week)\)\n"
 
 
 def test_exercises_are_complete():
@@ -636,7 +638,7 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     Nothing that somebody wrote is overwritten, and a solution brings back its functions alone.
     """
     (tmp_path / "docs").mkdir()
-    for file in ("common.py", "selfvae.py", "docs/exercises.py", "docs/exercises.md"):
+    for file in ("common.py", "selfvae.py", "vae.py", "docs/exercises.py", "docs/exercises.md"):
         shutil.copy(ROOT / file, tmp_path / file)
     path = tmp_path / "common.py"
     ours = SOURCES["common.py"]
@@ -658,8 +660,8 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     emptied = exercise("1 4")
     assert emptied.count("raise NotImplementedError") == 3  # exercise 4 has one in selfvae.py too
     assert ast.get_docstring(definition(emptied, "log_mean_exp"))
-    raised = "raise NotImplementedError('exercise 1: log_mean_exp')"
-    mine = emptied.replace(raised, "return 'mine'")
+    mine = re.sub(r"raise NotImplementedError\('log_mean_exp is .*\)", "return 'mine'", emptied)
+    assert mine != emptied
     path.write_text(mine, encoding="utf-8")
     assert exercise("1", "log_mean_exp") == mine
     assert exercise("4 --solution") != ours
@@ -667,6 +669,19 @@ def test_exercises_are_emptied_and_put_back(tmp_path):
     assert exercise("1 --solution") == ours
     # 2 is of a file that is not here: 1 is left alone too.
     assert exercise("1 2", "realnvp.py") == ours
+    # 3 hides log_weights, which is exercise 6, unless somebody wrote it.
+    model = tmp_path / "vae.py"
+    exercise("3")
+    hidden = model.read_text(encoding="utf-8")
+    assert hidden.count("raise NotImplementedError") == 2
+    written = hidden.replace(lines_of(hidden, "VAE.log_weights")[-1], "        return 'mine'")
+    model.write_text(written, encoding="utf-8")
+    exercise("3 --solution")
+    assert "return 'mine'" in model.read_text(encoding="utf-8")
+    exercise("3")
+    assert model.read_text(encoding="utf-8") == written
+    exercise("3 6 --solution")
+    assert model.read_text(encoding="utf-8") == SOURCES["vae.py"]
     assert shell("python docs/exercises.py 99").returncode == 2
     assert shell("python docs/exercises.py").returncode == 2
     path.write_text(ours.replace("def log_mean_exp(", "def log_mean_exp(("), encoding="utf-8")
