@@ -10,22 +10,28 @@
                 with known log p(x) and of a trained vae.py
     holes       minutes: MNIST (downloaded) with two latents; codes of all
                 images, prior, draws, for N(0, 1) and for a flow
+    hero RUN_FOLDER
+                seconds: README's first picture, six test images, halved, and
+                enlarged again by bicubic interpolation and by a selfvae.py
     exact RUN_FOLDER RUN_FOLDER
                 seconds: draws of x given y by a selfvae.py without and with
-                --exact, and how far d of them is from y
+                --exact, and how far their d is from y
     given RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER RUN_FOLDER
                 seconds: y and draws of x given y by selfvae.py with five
                 transformations
     enlarge RUN_FOLDER
                 seconds: draws of x by a selfvae.py, given y_1, given y_2, …
     sides RUN_FOLDER
-                a second: what a growing dcvae.py made of the same codes
-                at the end of each side, from its samples/
-    race        a second: the bound of VAE and selfVAE while they train, over
+                a second: a growing dcvae.py's images of the same codes at
+                the end of each side, from its samples/
+    race        a second: the bound of VAE and selfVAE during training, over
                 images seen and over time, from docs/lab/logs
+    stack RUN_FOLDER
+                seconds: the bits on the stack while docs/compress.py writes
+                three test images by a vae.py with --prior normal
 
-Each writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, densities warped by a flow, is
-from `python realnvp.py --dataset moons`.
+Each command writes docs/figures/NAME.png, below 300 KB. realnvp-moons.png, a density warped by a
+flow, comes from `python realnvp.py --dataset moons`.
 """
 
 import json
@@ -43,11 +49,12 @@ from torch.distributions import Independent, Normal
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures"
 LOGS = Path(__file__).resolve().parent / "logs"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 from common import (  # noqa: E402 (needs the path above)
     GAP, PICTURE_SIDE, SHEET_TOP, Batches, Dmol, from_uint8, load_images, log_mean_exp, read_log,
     save_sheet)
+import compress  # noqa: E402
 import dcvae  # noqa: E402
 from realnvp import Couplings, mlp  # noqa: E402
 import selfvae  # noqa: E402
@@ -102,9 +109,9 @@ def draw_graph(axes, places, arrows, dashed):
 # ---- mixture -------------------------------------------------------------------------------------
 
 def mixture():
-    """Density, probabilities and their logarithms, below each other.
+    """Density, probabilities and their logarithms, one below the other.
 
-    Of the mixture ½ logistic(-0.9, 0.12) + 0.3 logistic(0.1, 0.03) + 0.2 logistic(0.6, 0.01).
+    The mixture is ½ logistic(-0.9, 0.12) + 0.3 logistic(0.1, 0.03) + 0.2 logistic(0.6, 0.01).
     """
     weights = torch.tensor([0.5, 0.3, 0.2])
     means = torch.tensor([-0.9, 0.1, 0.6])
@@ -117,7 +124,7 @@ def mixture():
     params = torch.full((3, 10), -1000.0)  # ten components, seven of weight 0
     params[0, :3] = weights.log()
     params[1, :3] = means
-    params[2, :3] = scales.log() + 2  # section 6
+    params[2, :3] = scales.log() + 2  # Dmol subtracts 2: docs/likelihood.md, section 6
     log_p = log_probabilities(params)
     sharpest_alone = params.clone()
     sharpest_alone[0, :2] = -1000.0
@@ -157,7 +164,7 @@ SAMPLES = [2**i for i in range(13)]  # S = 1 … 4096
 
 @torch.no_grad()
 def tighten(run):
-    """Left a model with known log p(x), right a run of vae.py."""
+    """At the left a model with known log p(x), at the right a run of vae.py."""
     checkpoint = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
     if checkpoint["script"] != "vae":
         sys.exit(f"{run} is a run of {checkpoint['script']}.py; tighten takes one of vae.py")
@@ -170,7 +177,7 @@ def tighten(run):
 
 
 def tighten_linear(axes):
-    """x has 8 values, each of z ~ N(0, 1), x ~ N(z, 1); q = N(x/2, 1), the posterior N(x/2, ½)."""
+    """8 values of z ~ N(0, 1), x ~ N(z, 1); q is N(x/2, 1), and the posterior is N(x/2, ½)."""
     x = torch.randn(200, 8) * 2**0.5
     log_p_x = Normal(0.0, 2**0.5).log_prob(x).sum(1)
     q_z = Normal(x / 2, 1.0)
@@ -187,13 +194,13 @@ def tighten_linear(axes):
     highs = []
     for S in SAMPLES:
         gaps = log_mean_exp(log_w.unflatten(0, (-1, S)), 1) - log_p_x
-        gap = gaps.mean(1)  # of each set of S draws, over images
+        gap = gaps.mean(1)  # for each set of S draws, the mean over images
         means.append(gap.mean())
         lows.append(gap.quantile(0.1))
         highs.append(gap.quantile(0.9))
     axes.plot(SAMPLES, means, "C0.-", label="bound")
     axes.fill_between(SAMPLES, lows, highs, color="C0", alpha=0.2, linewidth=0)
-    # E[w²] / p(x)² of one value, whatever x is:
+    # E[w²] / p(x)² of one value, for any x:
     # ∫ N(z; 0, 1)² N(x; z, 1)² / N(z; x/2, 1) dz / N(x; 0, 2)² = 2/√3
     variance = (2 / 3**0.5)**8 - 1
     axes.plot(SAMPLES, -variance / (2 * torch.tensor(SAMPLES)), "k--", linewidth=0.8,
@@ -205,7 +212,7 @@ def tighten_linear(axes):
 
 
 def tighten_trained(axes, checkpoint):
-    """A line for each of 8 test images: 4096 weights, from which sets of S are taken."""
+    """A line for each of 8 test images: its 4096 weights are divided into sets of S."""
     cfg = vae.Config(**checkpoint["config"])
     images = load_images(cfg.dataset, cfg.data_dir, cfg.size)
     model = vae.VAE(cfg, images.shape)
@@ -234,7 +241,7 @@ class PlaneFlow(vae.RealNVPPrior):
     """The prior of vae.py with the flow that realnvp.py has for points: z (B, 2, 1, 1)."""
 
     def __init__(self):
-        nn.Module.__init__(self)  # and not that of RealNVPPrior, whose flow is of images
+        nn.Module.__init__(self)  # and not RealNVPPrior's, whose flow is for images
         self.flow = Couplings(torch.tensor([1, 0]).view(2, 1, 1), 8, 2, 1, mlp)
 
 
@@ -266,9 +273,9 @@ class TwoLatents(nn.Module):
 
 
 def holes(data_dir="data", epochs=20):
-    """Rows: N(0, 1), flow. Columns: q(z), the mean of all q(z|x); log p(z); what p(z) decodes to.
+    """Rows: N(0, 1), flow. Columns: q(z), the mean of all q(z|x); log p(z); images of z ~ p(z).
 
-    log p(z) is shown 7 nats down from its top.
+    log p(z) is shown down to 7 nats below its maximum.
     """
     images = load_images("mnist", data_dir)
     figure = Figure(figsize=(9, 6.2), layout="constrained")
@@ -283,7 +290,7 @@ def holes(data_dir="data", epochs=20):
 
 
 def train_two_latents(model, images, epochs):
-    """Adam on the negative ELBO, its rate falling from 2e-3 to 0."""
+    """Adam on the negative ELBO, with a rate that falls from 2e-3 to 0."""
     batches = Batches(images.train, 500, "cpu")
     optimizer = torch.optim.Adam(model.parameters())
     total = epochs * batches.per_epoch
@@ -349,7 +356,7 @@ def trained(run, data_dir):
 
 @torch.no_grad()
 def given_y(run, data_dir):
-    """Of eight test images: x, y and a draw of x given y by a run -> a dict, with its model."""
+    """Eight test images, their y, and a run's draws of x given y -> a dict, with its model."""
     cfg, images, model = trained(run, data_dir)
     x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
     y = model.representations(x)[model.K]
@@ -357,6 +364,15 @@ def given_y(run, data_dir):
     draw = model.reconstruct(x, operation="conditional_generate")
     title = f"selfvae.py, {images.name} {images.size}x{images.size}, test\ndraws of x given y"
     return {"cfg": cfg, "model": model, "x": x, "y": y, "draw": draw, "title": title}
+
+
+def hero(run, data_dir="data"):
+    """Six test images, half their size, and two ways back: bicubic, and a draw of x given y."""
+    of = given_y(run, data_dir)
+    rows = {"photograph": of["x"], "half its size": selfvae.enlarged(of["y"], of["x"]),
+            "bicubic": selfvae.bicubic(of["y"], of["x"]), "drawn by the model": of["draw"]}
+    rows = {name: images[:6] for name, images in rows.items()}
+    save_sheet(FOLDER / "hero.png", of["title"], rows, keep_columns=True)
 
 
 def exact(*runs, data_dir="data"):
@@ -375,7 +391,7 @@ def exact(*runs, data_dir="data"):
 
 @torch.no_grad()
 def enlarge(run, data_dir="data"):
-    """Of eight test images: every y_k and, given it, a draw of x; then x."""
+    """For eight test images: every y_k and a draw of x given it; then x."""
     cfg, images, model = trained(run, data_dir)
     x = from_uint8(torch.tensor(images.test[:8]).movedim(3, 1))
     y = model.representations(x)
@@ -414,7 +430,7 @@ def row_of_sheet(path, side, i=0):
 
 
 def sides(run):
-    """The first row of a run's last samples/ at every side, one below the other."""
+    """The first row of a run's last sheet in samples/ for each side, one below the other."""
     run = Path(run)
     cfg = dcvae.Config(**torch.load(run / "last.pt", weights_only=True)["config"])
     size = load_images(cfg.dataset, cfg.data_dir, cfg.size).size
@@ -434,9 +450,9 @@ RACERS = {"imagenette-vae": "VAE", "imagenette-K2": "K = 2",
 
 
 def race(batch_size=8):
-    """Bits per dimension at 64x64: lines are training, means of 250 steps; crosses validation.
+    """Bits per dimension at 64x64. Lines are training, means of 250 steps; crosses are validation.
 
-    A step's time is that of its model's last seed: minutes of a core, evaluations included.
+    The time per step is that of the model's last seed: minutes of a core, evaluations included.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     over_images, over_time = figure.subplots(1, 2, sharey=True)
@@ -450,7 +466,7 @@ def race(batch_size=8):
         for path in paths:
             rows = read_log(path)
             if rows[-1]["split"] == "valid":
-                del rows[-2]  # the mean of less than 250 steps
+                del rows[-2]  # the mean of fewer than 250 steps
             for split, style in (("train", "-"), ("valid", "x")):
                 steps = [row["step"] for row in rows if row["split"] == split]
                 bpd = [row["bpd"] for row in rows if row["split"] == split]
@@ -465,11 +481,60 @@ def race(batch_size=8):
     figure.savefig(FOLDER / "race.png", dpi=90)
 
 
+# ---- stack ---------------------------------------------------------------------------------------
+
+MOVES = {"pop z by q(z|x)": "C3", "push x by p(x|z)": "C0", "push z by p(z)": "C2"}
+
+
+def stack(run, count=3):
+    """Bits back: a pop shortens the stack, a push lengthens it.
+
+    What an image adds in the end is minus its ELBO (of another draw of z, so not to the bit).
+    """
+    codec, images = compress.load_codec(run)
+    if not codec.is_vae or hasattr(codec.prior, "flow"):
+        raise SystemExit("this figure takes a run of vae.py with --prior normal")
+    pile = compress.random_stack(0)
+    start = pile.bits()
+    bits = [0.0]
+    symbols = [0]
+
+    def note(number):
+        bits.append((pile.bits() - start) / 1000)
+        symbols.append(symbols[-1] + number)
+
+    costs = [0.0]
+    with torch.inference_mode():
+        for x in from_uint8(torch.tensor(images.test[:count]).movedim(3, 1)).split(1):
+            p = codec.p(0, None, None)
+            bins = compress.pop_all(pile, compress.latent_table(codec.q(0, x), p))
+            note(len(bins))
+            compress.push_image(pile, codec.p_image(0, None, codec.z(0, bins, p)), x)
+            note(x.numel())
+            compress.push_prior(pile, bins)
+            note(len(bins))
+            costs.append(costs[-1] - codec.model.elbo(x).item() / math.log(2) / 1000)
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i in range(3 * count):
+        name = list(MOVES)[i % 3]
+        axes.plot(symbols[i:i + 2], bits[i:i + 2], color=MOVES[name], linewidth=2,
+                  label=name if i < 3 else None)
+    axes.plot(symbols[::3], costs, "k--", linewidth=1, label="-ELBO of the images so far")
+    axes.plot(symbols[::3], bits[::3], "ko", markersize=5, label="an image is complete")
+    axes.set(xlabel="values popped or pushed", ylabel="kilobits added to the stack")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(FOLDER / "stack.png", dpi=90)
+
+
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "exact": exact, "given": given, "enlarge": enlarge, "sides": sides, "race": race}
-    folders = {"tighten": 1, "exact": 2, "given": 5, "enlarge": 1, "sides": 1}
+               "hero": hero, "exact": exact, "given": given, "enlarge": enlarge, "sides": sides,
+               "race": race, "stack": stack}
+    folders = {"tighten": 1, "hero": 1, "exact": 2, "given": 5, "enlarge": 1, "sides": 1,
+               "stack": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)
