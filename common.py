@@ -42,7 +42,7 @@ from torchvision.transforms import functional as TF
 
 try:
     import fcntl
-except ImportError:  # Windows has none
+except ImportError:  # Windows does not have it
     fcntl = None
 
 Distribution.set_default_validate_args(False)  # its checks would wait for the device
@@ -77,7 +77,7 @@ RESIDENT_BYTES = 4 * 2**30  # a split up to this size lives on the device
 
 @dataclass
 class Subset:
-    """The images of `array`, uint8 (N, H, W, C), at the positions `index`, read when asked for."""
+    """The images of `array`, uint8 (N, H, W, C), at the positions `index`, read when needed."""
 
     array: np.ndarray
     index: np.ndarray
@@ -104,7 +104,7 @@ class Images:
     test: np.ndarray
     labels: dict | None  # {split: uint8 (N,) or (N, columns)}
     augment: bool  # whether training flips and shifts the images
-    key: str = ""  # the set's name, or a folder's checksum, which moving the folder does not change
+    key: str = ""  # the dataset's name, or a folder's checksum, the same wherever the folder lies
 
     @property
     def shape(self):
@@ -114,20 +114,19 @@ class Images:
 
     @property
     def identity(self):
-        """What a run remembers of its images, to recognise them wherever they are kept: a string.
-        """
+        """A string by which a run recognises its images, wherever they are kept."""
         n_train = len(self.train) + len(self.valid)
         return f"{n_train} for training, {len(self.test)} for the test ({self.key})"
 
 
 def load_images(name, data_dir, size=None):
-    """The dataset `name`, one of DATASETS, of POINTS or the path of a folder of images -> Images.
+    """Load a dataset -> Images. `name` is one of DATASETS, one of POINTS, or a folder's path.
 
-    Reads {data_dir}/{name}-{size}/train.npy and test.npy. Where these are missing they are made
-    once: drawn, downloaded by torchvision, or read from the folder. `size` is the side in pixels.
-    Validation is 15 % of the training images by a permutation that never changes.
-    UserError for an unknown name, an empty or broken folder, a download that fails or is not
-    whole, and files that do not fit `size`.
+    It reads {data_dir}/{name}-{size}/train.npy and test.npy. If these are missing, it makes them
+    once: it draws the images, downloads them by torchvision, or reads them from the folder. `size`
+    is the side in pixels. Validation images are 15 % of the training images, chosen by a
+    permutation that never changes. UserError for an unknown name, an empty or broken folder, a
+    failed or incomplete download, and files that do not fit `size`.
     """
     if name in POINTS:
         return load_points(name)
@@ -155,7 +154,7 @@ def load_images(name, data_dir, size=None):
         print(f"preparing {_printable(stored)} (once, by one process at a time)", flush=True)
         data_dir.mkdir(parents=True, exist_ok=True)
         with _locked(data_dir):
-            if not stored.is_dir():  # else another process has made it meanwhile
+            if not stored.is_dir():  # another process may have made it in the meantime
                 splits = {}
                 for split in ("train", "test"):
                     splits[split] = pictures_of(data_dir, size, split)
@@ -173,27 +172,27 @@ def load_images(name, data_dir, size=None):
         of_train = _open(stored / "train-labels.npy", len(train))
         of_test = _open(stored / "test-labels.npy", len(test))
         labels = {"train": of_train[train_index], "valid": of_train[valid_index], "test": of_test}
-    # A flipped digit is no digit, and the selfVAE paper leaves CelebA as it is (A.5).
+    # A mirrored digit is not a digit, and the selfVAE paper does not augment CelebA (A.5).
     augment = name not in ("mnist", "celeba")
     return Images(_printable(title), size, Subset(train, train_index), Subset(train, valid_index),
                   test, labels, augment, key)
 
 
 def _printable(name):
-    """A file's name as text that can be encoded: bytes in it that are no UTF-8 are spelt out."""
+    """A file's name as text that can be encoded; bytes that are not UTF-8 are escaped."""
     return str(name).encode(errors="backslashreplace").decode()
 
 
 def _reason(error):
-    """What an error says, as one line of at most 300 characters; its kind where it says nothing."""
+    """An error's message, one line of at most 300 characters, or its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _open(path, rows=None):
-    """Memory-map a .npy file of uint8, with `rows` rows if given. UserError for any other."""
+    """Memory-map a uint8 .npy file, which must have `rows` rows if given. UserError otherwise."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # of a damaged file numpy raises many kinds
+    except Exception as error:  # numpy raises many kinds for a damaged file
         raise UserError(f"cannot read {path} ({_reason(error)}); "
                         "delete its folder to remake it") from None
     if array.dtype != np.uint8 or rows not in (None, *array.shape[:1]):
@@ -218,16 +217,16 @@ def _open_images(folder, size):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """One process at a time holds the folder, the others wait. The lock ends with its process.
+    """One process at a time holds the folder; the others wait. A lock ends with its process.
 
-    Where there are no such locks, as on Windows, nobody waits.
+    On systems without such locks, like Windows, no process waits.
     """
     if not fcntl:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with contextlib.suppress(OSError):  # raised by a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -235,7 +234,7 @@ def _locked(folder):
 
 
 def _require_whole(name, splits, data_dir):
-    """UserError if a dataset of COUNTS has other counts, as where unpacking was interrupted."""
+    """UserError if a dataset does not have its COUNTS, for example after interrupted unpacking."""
     if name in COUNTS:
         *expected, source = COUNTS[name]
         found = [len(pictures) for pictures, _ in splits.values()]
@@ -246,9 +245,10 @@ def _require_whole(name, splits, data_dir):
 
 
 def _store(folder, splits, size, box):
-    """Write {split: (pictures, labels or None)} as .npy files, whole or not at all.
+    """Write {split: (pictures, labels or None)} as .npy files, all or none.
 
-    They are written aside and renamed at the end. UserError that names up to ten broken pictures.
+    They go to a temporary folder, which is renamed at the end. If pictures are broken, UserError
+    names up to ten of them.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     if partial.exists():  # left by a process that was killed
@@ -265,19 +265,19 @@ def _store(folder, splits, size, box):
             raise UserError(f"cannot read {len(broken):,} of the images: {named}")
         os.replace(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is there after an error or Ctrl-C
+        shutil.rmtree(partial, ignore_errors=True)  # still there after an error or Ctrl-C
 
 
 def _write(path, pictures, size, box):
-    """Write pictures as images to a .npy file -> what the broken ones raised, a list of str.
+    """Write pictures as images to a .npy file -> the errors of broken pictures, a list of str.
 
-    A line every half minute says how long it takes.
+    Every half minute a line says how much time is left.
     """
     count = len(pictures)
     grey = isinstance(pictures, np.ndarray) and pictures.ndim == 3
     shape = (count, size, size, 1 if grey else 3)
     if math.prod(shape) > shutil.disk_usage(path.parent).free:
-        raise UserError(f"the disk has no {math.prod(shape) / 1e9:.1f} GB left for {path}")
+        raise UserError(f"the disk does not have {math.prod(shape) / 1e9:.1f} GB left for {path}")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     broken = []
     began = time.perf_counter()
@@ -298,10 +298,10 @@ def _write(path, pictures, size, box):
 
 
 def _square(picture, size, box=None):
-    """A picture -> uint8 (size, size, C): cropped to a square at the centre, Lanczos.
+    """A picture -> uint8 (size, size, C): its central square, resized by Lanczos.
 
-    It is a file, of which the `box` (top, left, height, width) is cut out if given, or an array,
-    uint8 (H, W) or (H, W, 3).
+    The picture is a file, or an array, uint8 (H, W) or (H, W, 3). If a `box` (top, left, height,
+    width) is given, it is cut out first.
     """
     if isinstance(picture, np.ndarray):
         image = TF.to_pil_image(picture)
@@ -315,14 +315,14 @@ def _square(picture, size, box=None):
 
 
 def _read(path):
-    """One image file -> RGB PIL image, upright by its EXIF; 16 bits become 8.
+    """One image file -> RGB PIL image, turned upright by its EXIF; 16 bits become 8.
 
-    What is transparent becomes white. UserError, which names the file, if it is damaged or has 32
-    bits per channel.
+    Transparent areas become white. UserError names the file if it is damaged or has 32 bits per
+    channel.
     """
     try:
         with Image.open(path) as image:
-            with contextlib.suppress(Exception):  # a damaged EXIF block: the picture may be whole
+            with contextlib.suppress(Exception):  # the EXIF may be damaged, and the picture whole
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
                 raise ValueError("its white level is unknown: save it with 8 or 16 bits")
@@ -333,7 +333,7 @@ def _read(path):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except Exception as error:  # each decoder raises kinds of its own
+    except Exception as error:  # each decoder raises its own kinds
         raise UserError(f"{path} ({_reason(error)})") from None
 
 
@@ -342,19 +342,19 @@ def _read(path):
 def _image_files(folder, data_dir, least):
     """All image files below the folder, in alphabetical order; links are followed.
 
-    Left out are hidden names, what other systems keep in @eaDir and __MACOSX, and, where they lie
-    below the folder, runs of these scripts, data_dir and its downloads. UserError if there are
-    fewer than `least`.
+    Hidden names and the folders @eaDir and __MACOSX of other systems are left out. So are runs of
+    these scripts, data_dir and its downloads, if they lie below the folder. UserError if there are
+    fewer than `least` images.
     """
     files = []
     seen = {data_dir.resolve(), (data_dir / "downloads").resolve()} - {folder.resolve()}
     for place, folders, names in os.walk(folder, followlinks=True):
         real = Path(place).resolve()
         if real in seen or {"config.json", "log.jsonl"} <= set(names):
-            folders.clear()  # so that os.walk goes no deeper, nor in circles
+            folders.clear()  # so that os.walk goes neither deeper nor in circles
             continue
         seen.add(real)
-        # Sorted, as of two links to one folder always the same is to be followed.
+        # Sorted, so that of two links to the same folder always the same one is followed.
         folders[:] = [name for name in sorted(folders) if not _hidden(name)]
         for name in names:
             path = Path(place, name)
@@ -384,9 +384,10 @@ def _folder_key(folder, data_dir):
 
 
 def _folder(folder, data_dir, size, split):
-    """Its subfolders train/ and test/, else every tenth image, in a fixed random order, is test.
+    """A split of a folder: its subfolder train/ or test/, or else a share of all its images.
 
-    In place of a test/ that is missing there may be val/, valid/ or validation/.
+    If test/ is missing, val/, valid/ or validation/ takes its place. Without these subfolders the
+    test set is a tenth of the images, drawn at random but always the same.
     """
     parts = ("test", "val", "valid", "validation")
     held_out = [part for part in parts if (folder / part).is_dir()]
@@ -403,11 +404,11 @@ def _folder(folder, data_dir, size, split):
 
 
 # ---- Datasets: those that have a name ------------------------------------------------------------
-# Each has a function (data_dir, size, split) -> pictures, labels or None. The split is "train" or
-# "test". Pictures are a list of files, or an array of uint8, (N, H, W) or (N, H, W, 3).
+# Each has a function (data_dir, size, split) -> pictures, and labels or None. The split is "train"
+# or "test". Pictures are a list of files, or an array of uint8, (N, H, W) or (N, H, W, 3).
 
 def _download(dataset, root, by_hand="", **arguments):
-    """A torchvision dataset, downloaded where it is missing. UserError if that fails."""
+    """A torchvision dataset, downloaded if it is missing. UserError if that fails."""
     try:
         return dataset(root=root, download=True, **arguments)
     except Exception as error:  # the network, archives and helpers each raise their own kinds
@@ -416,7 +417,7 @@ def _download(dataset, root, by_hand="", **arguments):
 
 
 def _mnist(data_dir, size, split):
-    """Zero-padded to 32, else resized."""
+    """Digits are zero-padded to size 32, and resized to any other size."""
     data = _download(torchvision.datasets.MNIST, data_dir / "downloads", train=split == "train")
     digits = data.data.numpy()
     if size == 32:
@@ -430,14 +431,14 @@ def _cifar10(data_dir, size, split):
 
 
 def _stl10(data_dir, size, split):
-    """Train is the 5,000 labelled and the 100,000 unlabelled images; no labels are kept."""
+    """Training images are the 5,000 labelled and 100,000 unlabelled ones; labels are not kept."""
     part = "train+unlabeled" if split == "train" else "test"
     data = _download(torchvision.datasets.STL10, data_dir / "downloads", split=part)
     return data.data.transpose(0, 2, 3, 1), None
 
 
 def _imagenette(data_dir, size, split):
-    """Its validation split is the test set."""
+    """Imagenette's validation split is our test set."""
     part = "train" if split == "train" else "val"
     data = _download(torchvision.datasets.Imagenette, data_dir / "downloads", split=part,
                      size="160px")
@@ -448,18 +449,19 @@ def _imagenette(data_dir, size, split):
 
 def _celeba(data_dir, size, split):
     """Official train and test splits, labelled by the 40 attributes."""
-    by_hand = (". By hand: put the five list_*.txt and identity_CelebA.txt of its page, and "
-               f"img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}")
+    by_hand = (". By hand: put the five files list_*.txt and identity_CelebA.txt from its page, "
+               f"and img_align_celeba.zip, unpacked, into {data_dir / 'celeba'}")
     data = _download(torchvision.datasets.CelebA, data_dir, by_hand, split=split)
     paths = [data_dir / "celeba" / "img_align_celeba" / file for file in data.filename]
-    paths = [path for path in paths if path.is_file()]  # all of them, or the count is wrong
+    paths = [path for path in paths if path.is_file()]  # if any is missing, the count is wrong
     return paths, data.attr
 
 
 def _celebahq(data_dir, size, split):
-    """Of {data_dir}/celebahq's 30,000 images the last 1,000 by name are test (DC-VAE, Table 8).
+    """The test set is the last 1,000 by name of the 30,000 images in {data_dir}/celebahq.
 
-    The paper does not say which 1,000. Where there are not 30,000 it is one in 30.
+    The DC-VAE paper (Table 8) does not say which 1,000 it takes. If the folder does not hold
+    30,000 images, the test set is one in 30.
     """
     paths = _image_files(data_dir / "celebahq", data_dir, least=10)
     n_test = max(1, len(paths) // 30)
@@ -468,7 +470,7 @@ def _celebahq(data_dir, size, split):
 
 
 def _lsun(data_dir, size, split):
-    """Bedrooms in {data_dir}/lsun, exported from its lmdb as JPEG files, split as any folder."""
+    """Bedrooms in {data_dir}/lsun, JPEG files exported from LSUN's lmdb, split like any folder."""
     return _folder(data_dir / "lsun", data_dir, size, split)
 
 
@@ -483,11 +485,11 @@ def _shapes(data_dir, size, split):
 
 
 def make_shapes(count, size, seed):
-    """`shapes`: one figure over a colour gradient -> uint8 (count, size, size, 3), labels.
+    """`shapes`: one figure on a colour gradient -> uint8 (count, size, size, 3), and labels.
 
     Labels, uint8 (count, 5): kind 0-3 (disc, square, triangle, ring), colour 0-7, size 0-3,
-    column 0-3, row 0-3. Sensor noise (sd 2 pixel values) keeps a likelihood from running off to
-    infinity on flat areas; its entropy is 3.05 bits per dimension.
+    column 0-3, row 0-3. Sensor noise (sd 2 pixel values) keeps the likelihood of flat areas from
+    growing without limit. Its entropy is 3.05 bits per dimension.
     """
     rng = np.random.default_rng([seed, size])
     kind = rng.integers(0, 4, count)
@@ -541,7 +543,7 @@ COUNTS = {  # name: training images, test images, and the folder in data_dir tha
 
 BOXES = {"celeba": (40, 15, 148, 148)}  # top, left, height, width (selfVAE paper, A.5)
 
-POINTS = ("moons", "rings", "spirals", "checkerboard")  # of the plane, for realnvp.py
+POINTS = ("moons", "rings", "spirals", "checkerboard")  # sets of points in the plane
 
 
 def make_points(name, count, seed):
@@ -553,7 +555,7 @@ def make_points(name, count, seed):
     angle = np.pi * share
     if name == "moons":  # two half circles, each with its end inside the other
         points = 0.6 * arm * [np.cos(angle) - 0.5, np.sin(angle) - 0.25] + 0.05 * noise
-    elif name == "rings":  # two, of equal shares
+    elif name == "rings":  # two, each with half of the points
         radius = rng.choice([0.35, 0.85], count)
         points = radius * [np.cos(2 * angle), np.sin(2 * angle)] + 0.05 * noise
     elif name == "spirals":  # two arms of one turn, evenly filled
@@ -569,7 +571,7 @@ def make_points(name, count, seed):
 def load_points(name):
     """One of POINTS as Images of one pixel with two channels, float (N, 1, 1, 2).
 
-    They are stored in the units of pixel values, which `Batches` maps back.
+    Coordinates are stored in units of pixel values; `Batches` maps them back.
     """
     splits = []
     for seed, count in enumerate((102_400, 10_000, 10_000)):
@@ -581,15 +583,15 @@ def load_points(name):
 class Batches:
     """Batches of one split as float32 (B, C, H, W) in [-1, 1] on `device`, channels-last.
 
-    A split up to RESIDENT_BYTES is kept on the device as uint8; a larger one stays a memory-mapped
-    file. Flips and shifts are tensor operations on the device: no worker processes.
-    `batch(step)` is training, iterating is evaluation: the whole split once, in order.
+    A split of up to RESIDENT_BYTES is kept on the device as uint8. A larger one stays a
+    memory-mapped file. Flips and shifts are tensor operations on the device and need no worker
+    processes. Training calls `batch(step)`. Evaluation iterates over the split once, in order.
     """
 
     def __init__(self, images, batch_size, device, seed=0, augment=False, parts=1, count=None):
-        """A step's batch must split into `parts` equal parts, else UserError.
+        """UserError unless a step's batch splits into `parts` equal parts.
 
-        With `count` only the first images of the split are used.
+        With `count`, only the first `count` images of the split are used.
         """
         self.images = images
         self.count = min(len(images), count or len(images))
@@ -599,7 +601,7 @@ class Batches:
         self.parts = parts
         self.set_batch_size(batch_size)
         self.resident = self.count * math.prod(images.shape[1:]) <= RESIDENT_BYTES
-        self.place = self.device if self.resident else "cpu"  # of the images
+        self.place = self.device if self.resident else "cpu"  # where the images are
         if self.resident:
             writable = np.require(images[:self.count], requirements="W")
             self.images = torch.from_numpy(writable).to(self.device)
@@ -607,26 +609,26 @@ class Batches:
         self.order = None
 
     def set_batch_size(self, batch_size):
-        """From now on steps have so many images; a small split is one batch."""
+        """Set the number of images per step. A split smaller than that is one batch."""
         self.batch_size = batch_size
-        if batch_size > self.count:  # less what does not divide
+        if batch_size > self.count:  # one batch, rounded down to a multiple of `parts`
             self.batch_size = self.count // self.parts * self.parts or self.count
         if self.batch_size % self.parts:
             raise UserError(f"a step's {self.batch_size} images do not split into {self.parts} "
-                            "equal parts: processes, in dcvae.py times --d_steps")
+                            "equal parts: one for each process, in dcvae.py times --d_steps")
         self.per_epoch = self.count // self.batch_size
 
     def batch(self, step, rank=0, world=1):
-        """The batch of step 0, 1, 2, …, or the share that process `rank` of `world` has of it.
+        """The batch of step 0, 1, 2, …, or the share of it for process `rank` of `world`.
 
-        Its images follow from (seed, step) alone, so a resumed run sees what an unbroken one would
-        have seen. Every epoch is a new permutation.
+        Its images depend on (seed, step) alone, so a resumed run sees the same images as an
+        uninterrupted one. Every epoch has a new permutation.
         """
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self.epoch = epoch
-            # Copied once an epoch, so that no step waits for it.
+            # Copied once per epoch, so that no step waits for it.
             self.order = torch.randperm(self.count, generator=generator).to(self.place)
         index = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         pixels = self._read(index[rank::world])
@@ -646,10 +648,10 @@ class Batches:
 
 
 def evaluation_batches(images, device, count=None):
-    """`Batches` for evaluation: their size is that of the pictures, whatever training's was.
+    """`Batches` for evaluation. Their size depends on the images only, not on --batch_size.
 
-    A batch has 2¹⁷ pixels, at most 128 images and at least one: enough to keep a GPU busy, few
-    enough for a laptop's memory.
+    A batch has 2¹⁷ pixels, but at least one image and at most 128. That is enough to keep a GPU
+    busy and fits into a laptop's memory.
     """
     pixels = math.prod(images.shape[1:3])
     return Batches(images, max(1, min(128, 2**17 // pixels)), device, count=count)
@@ -658,7 +660,7 @@ def evaluation_batches(images, device, count=None):
 def augment(pixels):
     """Random flips, and shifts by up to 5 % of the side: uint8 (B, H, W, C) -> same.
 
-    Each image has its own.
+    Each image has its own flip and shift.
     """
     B, H, W, _ = pixels.shape
     rows = _shifted(B, H, pixels.device)
@@ -670,9 +672,10 @@ def augment(pixels):
 
 
 def _shifted(B, side, device):
-    """Positions 0 … side - 1, of each image shifted by up to 5 %; beyond an edge it is mirrored.
+    """Positions 0 … side - 1, shifted by up to 5 % of the side, for each image -> (B, side).
 
-    Not repeated: a repeated pixel is too easy to predict. The side is at least 2. -> (B, side)
+    Beyond an edge the image is mirrored. The edge pixel is not repeated, because a repeated pixel
+    is too easy to predict. The side is at least 2.
     """
     reach = math.ceil(0.05 * side)
     shift = torch.randint(-reach, reach + 1, (B, 1), device=device)
@@ -690,14 +693,15 @@ def _shifted(B, side, device):
 #     p(x) = Σ_m π_m Π_c [σ((x_c + δ - μ_mc) / s_mc) - σ((x_c - δ - μ_mc) / s_mc)],     δ = 1/255
 #     μ_mc = mean_mc + Σ_{j<c} tanh(coefficient_mcj) x_j
 #
-# δ is half a grid step. The lowest pixel value owns everything below it (the first σ alone), the
-# highest everything above it (1 - the second σ): the 256 probabilities telescope to exactly one.
+# δ is half a grid step. The lowest pixel value has all the mass below it (the first σ alone), and
+# the highest has all the mass above it (1 - the second σ). So the 256 probabilities telescope to
+# exactly one.
 #
-# Where only the values from low_c to high_c are possible, each factor is divided by its sum over
-# them, σ((high_c + δ - μ_mc) / s_mc) - σ((low_c - δ - μ_mc) / s_mc).
+# If only the values from low_c to high_c are possible, each factor is divided by its sum over them,
+# σ((high_c + δ - μ_mc) / s_mc) - σ((low_c - δ - μ_mc) / s_mc).
 # --------------------------------------------------------------------------------------------------
 
-MIXTURES = 10  # components; the paper leaves the number out, its predecessor's code has 10
+MIXTURES = 10  # components; the paper does not give the number, its predecessor's code has 10
 
 
 def dmol_channels(channels, mixtures=MIXTURES):
@@ -709,14 +713,15 @@ def dmol_channels(channels, mixtures=MIXTURES):
 
 
 class Dmol:
-    """The mixture of discretized logistics of an image, in the manner of torch.distributions.
+    """The mixture of discretized logistics of an image, in the style of torch.distributions.
 
-    Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the channels.
-    `params` (B, P, H, W) is a network's output, for images of `channels` channels. With `shift`
-    (B, C or 1, H, W) the mixture is one of x - shift, called `rest` below. `interval`, if given,
-    restricts x: a function of pixel values (B, C, H, W), int, that returns the lowest and the
-    highest possible value of each channel. Those of channel c depend on the channels before c
-    alone. Computed in fp32 or float64. M is the number of components.
+    It is Dlogistic in the selfVAE paper, Eqs. (3.2c), (3.2e), with PixelCNN++'s coupling of the
+    channels. `params` (B, P, H, W) is a network's output for images of `channels` channels. With
+    `shift` (B, C or 1, H, W) the mixture models x - shift, called `rest` below. With `interval` the
+    values of x are restricted: `interval` is a function of int pixel values (B, C, H, W) and
+    returns the lowest and the highest possible value of each channel. The limits of channel c
+    depend on the channels before c alone. Everything is computed in fp32 or float64. M is the
+    number of components.
     """
 
     def __init__(self, params, channels, shift=None, interval=None):
@@ -726,12 +731,13 @@ class Dmol:
         logits, means, log_scales, couplings = params.unflatten(1, (-1, mixtures)).split(
             [1, channels, channels, pairs], 1)
         self.logits = logits.squeeze(1)  # (B, M, H, W)
-        self.means = means.unbind(1)  # C of (B, M, H, W)
-        # At -7 a component puts 97.3 % on one pixel value (PixelCNN++'s clamp: at most 0.03 nats
-        # per value are lost); above 7 it is flat. A network starts near 0, which is made a scale of
-        # e⁻² = 17 pixel values: from half the range, 1, training would take long to come down.
+        self.means = means.unbind(1)  # C tensors (B, M, H, W)
+        # At -7 a component puts 97.3 % on one pixel value. This is PixelCNN++'s clamp, and it costs
+        # at most 0.03 nats per value. Above 7 a component is flat. A network's output starts near
+        # 0, so subtracting 2 starts scales at e⁻², 17 pixel values. From 1, half of the range,
+        # training would need long to bring them down.
         self.log_scales = (log_scales - 2).clamp(-7, 7)  # (B, C, M, H, W)
-        # C(C-1)/2 of (B, M, H, W): green on red, blue on red, blue on green.
+        # C(C-1)/2 tensors (B, M, H, W): green on red, blue on red, blue on green.
         self.couplings = couplings.tanh().unbind(1)
         if shift is None:
             shift = params.new_zeros(1, 1, 1, 1)
@@ -742,7 +748,7 @@ class Dmol:
     def log_prob(self, x):
         """log p(x) in nats, summed over C, H, W: x (B, C, H, W) on the grid -> (B,).
 
-        -inf where a value lies outside its interval.
+        It is -inf if a value lies outside its interval.
         """
         log_p = self.logits.log_softmax(1) + self.log_values(x).sum(1)  # (B, M, H, W)
         return torch.logsumexp(log_p, 1).sum((1, 2))
@@ -750,12 +756,12 @@ class Dmol:
     def log_values(self, x, first=0):
         """log p(x_c | the channels before c) under each component, from channel `first` on.
 
-        (B, C, H, W) -> (B, C - first, M, H, W). Channels at the end may be missing.
+        x (B, C, H, W) -> (B, C - first, M, H, W). x may lack channels at the end.
         """
         x = x.to(self.logits.dtype)
         last = x.shape[1]
         shift = self.shift[:, :last]
-        rest = (x - shift).unsqueeze(2).unbind(1)  # C of (B, 1, H, W), against M components
+        rest = (x - shift).unsqueeze(2).unbind(1)  # C tensors (B, 1, H, W), 1 stands for M
         means = []
         for c in range(first, last):
             means.append(coupled_mean(c, rest, self.means, self.couplings))
@@ -772,14 +778,14 @@ class Dmol:
         mean = near(possible, mean, inverse_scale)
         log_all = log_mass(possible, mean, inverse_scale)
         log_p = log_mass(bin_of_x, mean, inverse_scale) - log_all
-        # The edges are half a step from any value, so that no rounding decides.
+        # The edges are half a grid step from any value, so rounding does not matter.
         outside = (value < possible[0]) | (value > possible[1])
         return log_p.masked_fill(outside, -math.inf)
 
     def limits(self, x):
-        """Lowest and highest possible value of each channel, on the grid: two that broadcast to x.
+        """The lowest and highest possible values, on the grid: two tensors that broadcast to x.
 
-        Those of channel c depend on the channels before c; the others may hold anything.
+        Those of channel c depend on the channels before c. The other channels may hold anything.
         """
         if self.interval is None:
             return -torch.ones_like(x), torch.ones_like(x)
@@ -789,7 +795,7 @@ class Dmol:
     def sample(self):
         """x ~ p(x) -> (B, C, H, W), on the grid."""
         chosen = Categorical(logits=self.logits.movedim(1, -1)).sample().unsqueeze(1)
-        means = [mean.take_along_dim(chosen, 1) for mean in self.means]  # C of (B, 1, H, W)
+        means = [mean.take_along_dim(chosen, 1) for mean in self.means]  # C tensors (B, 1, H, W)
         couplings = [coupling.take_along_dim(chosen, 1) for coupling in self.couplings]
         log_scales = self.log_scales.take_along_dim(chosen.unsqueeze(1), 2).squeeze(2)
         x = torch.zeros_like(log_scales)  # (B, C, H, W)
@@ -803,14 +809,14 @@ class Dmol:
             mean = coupled_mean(c, rest, means, couplings) + shift
             inverse_scale = torch.exp(-log_scales[:, this])
             drawn = draw_logistic(bin_edges(low, high), mean, inverse_scale)
-            # Rounded here: the next is conditioned on the value that this one will have.
+            # Rounded here, because the next channel is conditioned on the rounded value.
             x[:, this] = quantize(drawn).clamp(low, high)
             rest.append(x[:, this] - shift)
         return x
 
     @property
     def mean(self):
-        """The expected value of x, nearly -> (B, C, H, W), on the grid.
+        """Approximately the expected value of x -> (B, C, H, W), on the grid.
 
         It ignores the rounding, and clips every component's mean to the possible values.
         """
@@ -829,9 +835,9 @@ class Dmol:
 
 
 def coupled_mean(c, rest, means, couplings):
-    """The components' means of channel c less its shift, given the channels before it.
+    """The components' means of channel c, minus its shift, given the channels before it.
 
-    means: C of (B, M, H, W); couplings: C(C-1)/2 of the same; rest: x_j - shift_j for j < c.
+    means: C tensors (B, M, H, W); couplings: C(C-1)/2 such tensors; rest: x_j - shift_j for j < c.
     """
     mean = means[c]
     for j in range(c):
@@ -839,13 +845,13 @@ def coupled_mean(c, rest, means, couplings):
     return mean
 
 
-FAR = 1e9  # as good as infinity for σ, and gradients are 0 there, not 0 · ∞
+FAR = 1e9  # for σ the same as infinity, but gradients are 0 there and not 0 · ∞
 
 
 def bin_edges(low, high):
     """Grid values `low` to `high` -> the lower edge of the first bin, the upper edge of the last.
 
-    The bin of the lowest pixel value has no lower edge, that of the highest no upper one: ∓FAR.
+    The lowest pixel value's bin starts at -FAR, and the highest pixel value's bin ends at FAR.
     """
     lower = (low - 1 / 255).masked_fill(low < -1 + 1 / 255, -FAR)
     upper = (high + 1 / 255).masked_fill(high > 1 - 1 / 255, FAR)
@@ -853,11 +859,11 @@ def bin_edges(low, high):
 
 
 def log_mass(edges, mean, inverse_scale):
-    """log of what a logistic variable gives to the values between two edges, lower and upper.
+    """The log of a logistic variable's probability between two edges, lower and upper.
 
-    With a = (upper - μ)/s and b = (lower - μ)/s the mass is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)).
-    Its log is a sum of three terms that neither cancel nor underflow, however improbable the
-    values. (PixelCNN++ needs an approximation there.)
+    With a = (upper - μ)/s and b = (lower - μ)/s it is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). The
+    log is a sum of three terms that neither cancel nor underflow, however improbable the values
+    are. (PixelCNN++ needs an approximation there.)
     """
     lower, upper = edges
     log_above = F.logsigmoid((mean - lower) * inverse_scale)  # log σ(-b)
@@ -869,9 +875,9 @@ def log_mass(edges, mean, inverse_scale):
 def near(edges, mean, inverse_scale):
     """The mean, moved to within 20 scales of the values between two edges.
 
-    Further out the restricted logistic is an exponential, on which the mean has no influence:
-    moving the mean changes log p and its gradients by e⁻²⁰ at most. At a larger distance digits
-    would be lost. The reach is detached, as no gradient should come from where we moved it to.
+    Further out the restricted logistic is an exponential that does not depend on the mean, so
+    moving the mean changes log p and its gradients by at most e⁻²⁰. At a larger distance digits
+    would be lost. The reach is detached, because no gradient should come from the moved mean.
     """
     lower, upper = edges
     reach = 20 / inverse_scale.detach()
@@ -882,7 +888,7 @@ def draw_logistic(edges, mean, inverse_scale):
     """A draw of a logistic variable between two edges, by inverting σ."""
     lower, upper = edges
     mean = near(edges, mean, inverse_scale)
-    # Mirrored if most of the interval lies above the mean: σ keeps its digits near 0, not near 1.
+    # Mirrored if most of the interval lies above the mean: σ is precise near 0, but not near 1.
     sign = torch.where(lower + upper > 2 * mean, -1.0, 1.0)
     from_p = torch.sigmoid(sign * (lower - mean) * inverse_scale)
     to_p = torch.sigmoid(sign * (upper - mean) * inverse_scale)
@@ -912,9 +918,9 @@ def psnr(x, y):
 
 
 def progress(what, batches, count):
-    """Yield the batches, of `count` images in all, and print how far they are: spent < left.
+    """Yield the batches of `count` images, and print the progress: time spent < time left.
 
-    The first line comes with the first batch that ends after two seconds, the next ones at least
+    The first line comes with the first batch that ends after two seconds. Later lines are at least
     ten seconds apart.
     """
     done = 0
@@ -936,7 +942,7 @@ def mean_terms(model, batches):
     sums = {}
     for x in progress("likelihood", batches, batches.count):
         for name, values in model.terms(x).items():
-            # To the CPU first: mps has no double.
+            # To the CPU first, because mps does not have float64.
             sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
     means = {name: total / batches.count for name, total in sums.items()}
     if not math.isfinite(sum(means.values())):
@@ -948,9 +954,9 @@ def mean_terms(model, batches):
 def importance_weighted(model, batches, samples, dims):
     """log p(x) ≥ E[log 1/S Σ_s w_s] for each image (Burda et al. 2015, Eq. (8)), over a split.
 
-    iw_bpd is its average in bits per dimension, iw_bpd_se the standard error of that average over
-    images. iw_elbo_bpd is E[log w], the plain bound, from the same weights of the same images: what
-    iw_bpd is to be held against. Sums over samples and images are float64.
+    iw_bpd is the average over images in bits per dimension, and iw_bpd_se is its standard error.
+    iw_elbo_bpd is E[log w], the plain bound, from the same weights of the same images, to compare
+    iw_bpd with. Sums over samples and images are float64.
     """
     bounds = []
     plain_bounds = []
@@ -969,7 +975,7 @@ def importance_weighted(model, batches, samples, dims):
 def seconds_to_sample(model, n, runs=10, limit=1):
     """Seconds to sample n images, after one warm-up (Table 2: n = 100).
 
-    The mean of `runs` times, or of as many as begin within `limit` seconds.
+    It is the mean of `runs` runs, or of those that begin within `limit` seconds.
     """
     print(f"timing the sampling of {n} at a time", flush=True)
     model.sample(n).cpu()
@@ -982,7 +988,7 @@ def seconds_to_sample(model, n, runs=10, limit=1):
 
 
 def cost_of(cfg, model, state):
-    """Parameters, seconds to sample and to train, and on what: the last lines of results.json."""
+    """Parameters, seconds to sample and to train, device: the last lines of results.json."""
     return {
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds_1": seconds_to_sample(model, 1),
@@ -995,11 +1001,11 @@ def cost_of(cfg, model, state):
 
 
 def linear_probe(train, train_labels, test, test_labels, epochs=20):
-    """Errors of a linear classifier of features (N, d) with labels int64 (N,), in percent.
+    """Test errors in percent of a linear classifier of features (N, d), with labels int64 (N,).
 
-    -> their mean on the test set over five seeds, half the width of its 95 % interval (DC-VAE
-    paper, Table 6, whose 5 trials may be of the whole model). Softmax regression on standardised
-    features by Adam, rate 0.01 falling to 0.
+    -> their mean over five seeds, and half the width of its 95 % interval (DC-VAE paper, Table 6,
+    where the 5 trials may be of the whole model). The classifier is softmax regression on
+    standardised features, trained by Adam with a rate that falls from 0.01 to 0.
     """
     mean = train.mean(0)
     sd = train.std(0).clamp(min=0.01)  # no division by 0 where a feature is constant
@@ -1037,19 +1043,19 @@ VGG_URL = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
 
 def weights_file(url):
-    """The file of `url` in torch.hub's cache; downloaded, its hash checked, where it is missing."""
+    """The file of `url` in torch.hub's cache. If missing, it is downloaded and its hash checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, path.stem.split("-")[-1], progress=False)
-    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: another hash
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: wrong hash
         raise UserError(f"{path} is missing ({error}): download {url} and put it there") from None
     return path
 
 
 def _load(net, path):
-    """A network on the meta device -> the same with the weights of a file, for inference."""
+    """A network on the meta device -> the same network with a file's weights, for inference."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(weights, assign=True)
@@ -1063,11 +1069,11 @@ def _load(net, path):
 class InceptionFeatures(nn.Module):
     """The network of FID and Inception Score: TensorFlow's Inception of 2015-12-05.
 
-    uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008), fp32; a row depends on
-    its own image only. Weights are a state dict in pytorch-fid's format. It is torchvision's
-    Inception v3 but for four things of the original: how images are resized; means over 3x3 that
-    leave out what lies beyond the border; in the last block the largest instead of the mean; no
-    biases in the logits (Salimans et al. 2016).
+    uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008), fp32. A row depends on
+    its own image only. Weights are a state dict in pytorch-fid's format. The network is
+    torchvision's Inception v3 with four changes back to the original: how images are resized; 3x3
+    means leave out what lies beyond the border; the last block takes the maximum instead of the
+    mean; logits have no biases (Salimans et al. 2016).
     """
 
     def __init__(self, weights_path):
@@ -1085,7 +1091,7 @@ class InceptionFeatures(nn.Module):
         self.eval()
 
     def forward(self, images):
-        x = (images.float() - 128) / 128  # as in 2015, and not quite from_uint8
+        x = (images.float() - 128) / 128  # as in 2015; slightly different from from_uint8
         x = _resize_rows(x, 299)
         x = _resize_rows(x.transpose(2, 3), 299).transpose(2, 3)
         with torch.autocast(x.device.type, enabled=False):
@@ -1096,7 +1102,7 @@ class InceptionFeatures(nn.Module):
 def _resize_rows(x, count):
     """TensorFlow 1's bilinear resize of (B, C, H, W) to `count` rows.
 
-    Row i lies at row i·H/count of x, with no shift of half a pixel.
+    Row i of the result lies at row i·H/count of x, without a shift of half a pixel.
     """
     H = x.shape[2]
     at = torch.arange(count, device=x.device) * H / count
@@ -1107,13 +1113,13 @@ def _resize_rows(x, count):
 
 
 def _pool_by_largest(block, inputs, output):
-    """Forward hook of an Inception block: its last branch behind a maximum over 3x3."""
+    """Forward hook of an Inception block: its last branch computed after a 3x3 maximum."""
     branch = block.branch_pool(F.max_pool2d(inputs[0], 3, 1, 1))
     return torch.cat([output[:, :-branch.shape[1]], branch], 1)
 
 
 def _pool_by_mean_inside(block, inputs, output):
-    """Forward hook of an Inception block: its last branch behind means of what is inside."""
+    """Forward hook of an Inception block: its last branch after 3x3 means inside the border."""
     branch = block.branch_pool(F.avg_pool2d(inputs[0], 3, 1, 1, count_include_pad=False))
     return torch.cat([output[:, :-branch.shape[1]], branch], 1)
 
@@ -1121,7 +1127,7 @@ def _pool_by_mean_inside(block, inputs, output):
 class VGGFeatures(nn.Module):
     """Features of VGG-16, from torchvision's state dict; by default ReLU 4_3 (Johnson et al. 2016).
 
-    (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8). Others by their `index` in the network.
+    (B, 1 or 3, H, W) in [-1, 1] -> (B, 512, H/8, W/8). `index` selects another layer.
     """
 
     def __init__(self, weights_path, index=22):
@@ -1147,14 +1153,14 @@ class VGGFeatures(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """The distance of Zhang et al. 2018 in VGG-16: two (B, C, H, W) in [-1, 1] -> (B,).
+    """The distance of Zhang et al. 2018 on VGG-16: two (B, C, H, W) in [-1, 1] -> (B,).
 
-    Squared differences of features of length 1 at ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3, weighted by
-    channel, averaged over pixels, added up. `lpips_path` holds the weights: vgg.pth of the package
-    lpips. UserError if it holds others.
+    Features at ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3 are scaled to length 1. Their squared differences
+    are weighted by channel, averaged over pixels, and added up. `lpips_path` is vgg.pth of the
+    package lpips, which has the channels' weights. UserError if it has others.
     """
 
-    CHANNELS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # of each of these ReLUs, by its index
+    CHANNELS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # {index of a ReLU: its channels}
 
     def __init__(self, weights_path, lpips_path):
         super().__init__()
@@ -1182,7 +1188,7 @@ class LPIPS(nn.Module):
 def load_network(Network, url, metric, device):
     """InceptionFeatures or VGGFeatures with the weights of `url`.
 
-    None, and a line that says why, where they cannot be had: the metric is an extra.
+    If they cannot be had, a line says why, and the result is None: the metric is optional.
     """
     try:
         return Network(weights_file(url)).to(device)
@@ -1197,9 +1203,10 @@ def perceptual_distance(vgg, x, y):
 
 
 def slerp(z1, z2, t):
-    """Points of the arcs from z1 to z2 (N, L) at t (N, 1), in many dimensions as long as the ends.
+    """Points at t (N, 1) on the arcs from z1 to z2, both (N, L) -> (N, L).
 
-    A straight line between two draws of N(0, 1) comes nearer to 0 than draws do.
+    In many dimensions such a point is as long as the ends. A straight line between two draws of
+    N(0, 1) comes nearer to 0 than draws do.
     """
     cosine = F.cosine_similarity(z1, z2, dim=1).clamp(-1, 1).unsqueeze(1)
     angle = cosine.acos()
@@ -1208,12 +1215,12 @@ def slerp(z1, z2, t):
 
 @torch.no_grad()
 def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=1e-4):
-    """Perceptual path length (Karras et al. 2019): how fast images change as codes move, a number.
+    """Perceptual path length (Karras et al. 2019), a number: how fast images change as codes move.
 
-    The mean of distance(G(z_t), G(z_{t+ε})) / ε², z_t at a random share t of the path `between` two
-    draws of N(0, 1), in `distance`'s unit. Of all `pairs` the lowest and the highest 1 % are left
-    out. Images of more than 256 pixels a side are averaged down. Everything in fp32: differences
-    of 10⁻⁴ vanish in bf16, and in a GPU's TF32.
+    It is the mean of distance(G(z_t), G(z_{t+ε})) / ε², where z_t lies at a random share t of the
+    path `between` two draws of N(0, 1). Its unit is that of `distance`. The lowest and the highest
+    1 % of all `pairs` are left out. Images of more than 256 pixels a side are averaged down.
+    Everything is fp32, because differences of 10⁻⁴ vanish in bf16 and in a GPU's TF32.
     """
     lengths = []
     for start in range(0, pairs, 50):
@@ -1236,9 +1243,10 @@ def path_length(decode, distance, latent, pairs, device, between=slerp, epsilon=
 
 
 def path_length_metrics(decode, latent, pairs, device, lpips_path=None):
-    """The path length of a decoder and the distance that it is in: a dict, empty without networks.
+    """A decoder's path length, and the distance that measures it: a dict, empty without networks.
 
-    LPIPS with its weights at `lpips_path`, else `perceptual_distance`: another unit.
+    The distance is LPIPS if `lpips_path` has its weights, else `perceptual_distance`. The two have
+    different units.
     """
     Network = VGGFeatures
     unit = "VGG ReLU 4_3"
@@ -1256,14 +1264,15 @@ def path_length_metrics(decode, latent, pairs, device, lpips_path=None):
 def feature_statistics(inception, batches):
     """uint8 batches (B, C, H, W) -> mean (2048,), covariance of features; probabilities (N, 1008).
 
-    Float64. Batches are read one by one and only sums over them are kept.
+    Mean and covariance are float64. Batches are read one by one, and of features only sums are
+    kept.
     """
     total = 0
     products = 0
     probabilities = []
     for images in batches:
         features, logits = inception(images)
-        features = features.cpu().double()  # in this order: mps has no double
+        features = features.cpu().double()  # in this order: mps does not have float64
         total = total + features.sum(0)
         products = products + features.T @ features
         probabilities.append(logits.softmax(1).cpu())
@@ -1277,9 +1286,9 @@ def feature_statistics(inception, batches):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½) ≥ 0 of two Gaussians (Heusel et al. 2017, Eq. (6)).
 
-    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. That matrix is
-    symmetric: they are real, and those below 0 are rounding, also where a covariance is singular,
-    as it is with fewer images than features.
+    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. As AᵀΣ₂A is
+    symmetric, its eigenvalues are real, and those below 0 are rounding errors. This also holds if a
+    covariance is singular, as with fewer images than features.
     """
     cov1 = cov1.double()
     cov2 = cov2.double()
@@ -1294,7 +1303,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def inception_score(probabilities, splits=10):
     """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) from (N, classes) -> mean and sd.
 
-    Over `splits` parts, each with its own p(y).
+    Mean and sd are over `splits` parts, each with its own p(y).
     """
     scores = []
     for p in probabilities.double().tensor_split(min(splits, len(probabilities))):
@@ -1305,14 +1314,14 @@ def inception_score(probabilities, splits=10):
 
 
 def sample_batches(model, count, batch_size=100):
-    """`count` samples of the model as uint8 batches, each sampled when it is asked for."""
+    """`count` samples of the model as uint8 batches, each drawn when it is needed."""
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     samples = (to_uint8(model.sample(size)) for size in sizes)
     return progress("sampling", samples, count)
 
 
 def reference_statistics(inception, images, device):
-    """{split: feature_statistics} of all training images, valid ones included, and of the test."""
+    """{split: feature_statistics} of all training images, validation included, and of test."""
     references = {}
     for split, array in (("train", images.train.array), ("test", images.test)):
         batches = progress(f"features, {split}", Batches(array, 100, device), len(array))
@@ -1323,7 +1332,7 @@ def reference_statistics(inception, images, device):
 def inception_metrics(inception, batches, references):
     """FID of uint8 batches against each of {split: feature_statistics}, and Inception Score.
 
-    Beside each number stands how many images it is made of.
+    The result also has the number of images behind each of these.
     """
     mean, cov, probabilities = feature_statistics(inception, batches)
     score, sd = inception_score(probabilities)
@@ -1342,7 +1351,7 @@ def inception_metrics(inception, batches, references):
 def fid_of_samples(cfg, model, images):
     """FID of --fid samples against train and test, and Inception Score.
 
-    {} if Inception's weights cannot be had.
+    The result is {} if Inception's weights cannot be had.
     """
     inception = load_network(InceptionFeatures, INCEPTION_URL, "FID", cfg.device)
     if inception is None:
@@ -1360,13 +1369,14 @@ GAP = 2  # pixels between pictures
 
 
 def save_sheet(path, title, rows, columns=8, keep_columns=False):
-    """Save sets of pictures as one PNG, below a title, each row with its name at the left.
+    """Save sets of pictures as one PNG below a title, with each row's name at its left.
 
-    `rows` is {name: images (N, C, H, W) in [-1, 1]}, N the same for all. The first `columns` images
-    of every set make a row each, then come the next of every set; an incomplete row is left out.
-    Pixel values are true; pictures of fewer than 64 pixels a side are enlarged by a whole factor.
-    To keep the file near SHEET_BYTES rows at the end are left out, then columns, down to four; with
-    `keep_columns` none of these. One row of large pictures may be more than that.
+    `rows` is {name: images (N, C, H, W) in [-1, 1]}, with the same N for all. The first `columns`
+    images of each set make a row, then the next `columns` images of each set, and so on. An
+    incomplete row is left out. Pixel values are not changed, but pictures of fewer than 64 pixels a
+    side are enlarged by a whole factor. To keep the file near SHEET_BYTES, rows at the end are left
+    out, and then columns, down to four. With `keep_columns` all columns are kept. A single row of
+    large pictures may exceed SHEET_BYTES.
     """
     names = list(rows)
     pictures = pictures_that_fit(list(rows.values()), columns, keep_columns)
@@ -1402,9 +1412,9 @@ def pictures_that_fit(sets, columns, keep_columns):
     whole = count // columns * columns
     sets = [images[:whole].unflatten(0, (-1, columns)) for images in sets]
     pictures = to_uint8(torch.stack(sets, 1))  # (repeats, sets, columns, C, H, W)
-    # PNG cannot compress noise, and a pixel that is repeated costs a little, too: a fit to files.
+    # Fitted to files: PNG cannot compress noise, and a repeated pixel costs a little, too.
     picture_bytes = channels * side**2 * (4 + factor) / 5
-    fitting = int(SHEET_BYTES / picture_bytes / len(sets))  # of each set
+    fitting = int(SHEET_BYTES / picture_bytes / len(sets))  # pictures of each set
     pictures = pictures[:max(1, fitting // columns)]
     if not keep_columns:
         pictures = pictures[:, :, :max(4, fitting)]
@@ -1418,7 +1428,7 @@ def pictures_that_fit(sets, columns, keep_columns):
 def mean_over_steps(rows, step):
     """[{name: scalar tensor}] of the steps up to `step` -> {name: mean over steps and processes}.
 
-    FloatingPointError, which names the step and its values, where one is not finite.
+    If a value is not finite, FloatingPointError names its step and the values of that step.
     """
     columns = []
     for name in rows[0]:
@@ -1433,7 +1443,7 @@ def mean_over_steps(rows, step):
 
 
 def require_finite(model, step):
-    """FloatingPointError for an inf or nan parameter, as a finite loss may have such a slope."""
+    """FloatingPointError if a parameter is inf or nan: a finite loss may have such a gradient."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} is not finite after step {step}; "
@@ -1484,8 +1494,8 @@ def log_row(folder, state, split, values, dims=None, ending=""):
 def log_training(folder, state, total, rows, batch_size, dims=None):
     """`log_row` of the means of the last steps' `rows`, with images/s, time spent < time left.
 
-    It waits for the device. The time since state["clock"] is added to state["seconds"], the time in
-    training, which is without that of evaluation.
+    It waits for the device. The time since state["clock"] is added to state["seconds"], the time
+    spent in training without evaluation.
     """
     values = mean_over_steps(rows, state["step"])
     now = time.perf_counter()
@@ -1504,9 +1514,9 @@ def clock(seconds):
 
 
 def write_results(folder, results, table=None):
-    """results.json, and a line on the console for each number.
+    """Write results.json, and print a line for each number.
 
-    `table` {row: {column: number}} is printed as one, and stored as {row_column: number}.
+    `table` {row: {column: number}} is printed as a table, and stored as {row_column: number}.
     """
     stored = dict(results)
     for row, numbers in (table or {}).items():
@@ -1523,10 +1533,10 @@ def write_results(folder, results, table=None):
 
 
 def draw_curves(folder, names=None):
-    """curves.png, from log.jsonl: for each of `names` a panel, training blue, validation orange.
+    """Draw curves.png from log.jsonl, a panel for each of `names`: train blue, validation orange.
 
-    By default all that is logged, counts of images apart. A step that stands there twice, as a run
-    was resumed from before it, has its later line.
+    By default there is a panel for all that is logged except counts of images. If a step is logged
+    twice, because the run was resumed from before it, the later line is drawn.
     """
     records = read_log(folder / "log.jsonl")
     if names is None:
@@ -1552,9 +1562,9 @@ def draw_curves(folder, names=None):
 
 
 def curve_of(records, name, split):
-    """-> steps and values of one key of log.jsonl; of more than 50, the first 2 % are left out.
+    """-> steps and values of one key of log.jsonl.
 
-    They would flatten the rest.
+    Of more than 50 the first 2 % are left out, because they would flatten the rest.
     """
     curve = {r["step"]: r[name] for r in records if r["split"] == split and name in r}
     first = max(curve) / 50 if len(curve) > 50 else 0
@@ -1565,7 +1575,7 @@ def curve_of(records, name, split):
 # ---- Devices and processes: under torchrun there are several, each with its share of a batch -----
 
 def choose_device(cfg):
-    """Settle --device, --dtype, --compile, threads, where they are open; meet other processes."""
+    """Choose --device, --dtype, --compile and threads if not given; join the other processes."""
     if cfg.device == "auto":
         cfg.device = "cpu"
         if torch.cuda.is_available():
@@ -1573,7 +1583,7 @@ def choose_device(cfg):
         elif torch.backends.mps.is_available():
             cfg.device = "mps"
     if cfg.device == "cuda" and by_torchrun():
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU for each process
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU per process
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):  # AssertionError: torch was built without it
@@ -1585,17 +1595,18 @@ def choose_device(cfg):
     else:
         has_bf16 = cfg.device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     emulated = cfg.dtype == "bf16" and not has_bf16 and cfg.device != "mps"
-    if cfg.dtype == "auto":  # points: two numbers each, for which bf16 brings nothing
+    if cfg.dtype == "auto":  # a point is two numbers, for which bf16 gains nothing
         cfg.dtype = "bf16" if has_bf16 and cfg.dataset not in POINTS else "fp32"
     if cfg.compile is None:
         cfg.compile = on_gpu and has_bf16 and sys.platform == "linux"
-    # A step of a small network is thousands of small operations. Threads that share one mostly wait
-    # for each other, and where another program has a core, for that program: docs/performance.md.
+    # A step of a small network is thousands of small operations. Threads that share an operation
+    # mostly wait for each other, and for any other program that occupies a core:
+    # docs/performance.md.
     small = cfg.small or cfg.dataset in POINTS
     if cfg.device == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    # oneDNN, which convolves on a CPU, keeps 1,024 compiled operations. Three are needed per layer:
-    # a model of more than 340 convolutions would have all of them compiled anew in every step.
+    # oneDNN computes convolutions on a CPU and caches 1,024 compiled operations. A layer needs
+    # three, so a model of more than 340 convolutions would compile all of them again in every step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     join_processes(cfg.device)
     if emulated:
@@ -1610,26 +1621,26 @@ def by_torchrun():
 def join_processes(device):
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs.
 
-    All but the first fall silent.
+    All but the first print nothing.
     """
     if by_torchrun() and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(days=1))  # the first has to evaluate
+        dist.init_process_group(timeout=timedelta(days=1))  # others wait while the first evaluates
         atexit.register(dist.destroy_process_group)
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def processes():
-    """-> the rank of this process, how many there are: (0, 1) unless started by torchrun."""
+    """-> this process's rank, the number of processes: (0, 1) unless started by torchrun."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def barrier():
-    """Wait until every process has come here."""
+    """Wait until every process has arrived here."""
     if processes()[1] > 1:
         dist.barrier()
 
@@ -1653,8 +1664,8 @@ def gather_batch(values):
 
 
 def seed_noise(*numbers):
-    """From here on random numbers follow from `numbers` alone: in training (seed, step, rank).
+    """Seed all random numbers from `numbers` alone: in training (seed, step, rank).
 
-    So a resumed run of as many processes has the noise of an unbroken one.
+    So a resumed run with as many processes has the same noise as an uninterrupted one.
     """
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))

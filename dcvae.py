@@ -8,18 +8,18 @@
                        --loss contrastive  contrast + kl         Eqs. (6), (8)
                        --loss dcvae        contrast + gan + kl   Eq. (9)
 
-Encoder and decoder minimise these losses, in which kl weighs 6.4e-5, in vae 1 (--kl_weight). The
-discriminator D plays against them in gan, and minimises the contrast together with them.
+Encoder and decoder minimise these losses. The weight of kl is 6.4e-5, and 1 in vae (--kl_weight).
+The discriminator D plays against them in gan, and minimises the contrast together with them.
 
-    python dcvae.py --small --steps 400                built-in shapes, ten to twenty minutes of a
+    python dcvae.py --small --steps 400                built-in shapes, ten to twenty minutes on one
                                                        CPU core
     python dcvae.py --dataset cifar10 --fid 50000      the paper's size, for a GPU: FID 17.9 in the
                                                        paper's Table 1
-    python dcvae.py --dataset mnist --latent 16        representation: 1.30 % errors of a linear
-                                                       classifier in the paper's Table 6
+    python dcvae.py --dataset mnist --latent 16        representation: a linear classifier has
+                                                       1.30 % errors in the paper's Table 6
 
-Paper: arXiv:2011.10063; "released" is its authors' code. Derivation, logged terms, differences from
-the paper: docs/dcvae.md. Results: docs/results.md.
+Paper: arXiv:2011.10063. "Released" refers to its authors' code.
+Derivation, logged terms, differences from the paper: docs/dcvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · L latent dimensions · K negatives
     x, x̂, x̃ (B, C, H, W) image, reconstruction, sample in [-1, 1] · z (B, L) latent
@@ -60,7 +60,7 @@ from common import (
 # ---- The model -----------------------------------------------------------------------------------
 
 class DCVAE(nn.Module):
-    """The networks of --loss, for images of shape (C, H, W), H = W a side that --backbone takes."""
+    """The networks of --loss for images of shape (C, H, W); H = W is a side --backbone allows."""
 
     def __init__(self, cfg, image_shape):
         super().__init__()
@@ -69,26 +69,26 @@ class DCVAE(nn.Module):
         self.size = size
         self.adversarial = cfg.loss in ("vaegan", "dcvae")
         self.contrastive = cfg.loss in ("contrastive", "dcvae")
-        # Weights of the terms in a player's loss. A term without one is only logged.
+        # Weights of the terms in a player's loss. A term without a weight is only logged.
         self.weights = {"pixel": 1, "feature": 1, "contrast": 1, "gan": 1, "kl": cfg.kl_weight,
                         "d_gan": 1, "d_penalty": 10, "d_contrast": 1}
-        # NOTE(paper): A.5 contrasts the second block and the last features; the release trains with
-        # the first block, as here by default at 32x32.
+        # NOTE(paper): A.5 takes the contrast at the second block and the last features. The release
+        # trains with the first block, which is also the default here at 32x32.
         self.layers = parse_layers(cfg) if self.contrastive else ()
         self.encoder, self.decoder, self.discriminator = networks(cfg, channels, size, self.layers)
         if cfg.loss == "vae":
             self.discriminator = None
         self.averaged_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
         if self.contrastive:
-            # Keys come from a slow average of D, so that the older ones in the queue are comparable
-            # to new ones (He et al. 2020). At first the queue holds random directions. An image
-            # that comes again while its old key is queued is its own negative, as in the release.
+            # Keys come from a slow average of D, so that older keys in the queue are comparable to
+            # new ones (He et al. 2020). At first the queue holds random directions. If an image
+            # comes again while its old key is queued, it is its own negative, as in the release.
             self.momentum_discriminator = copy.deepcopy(self.discriminator).requires_grad_(False)
             lengths = dict.fromkeys(self.layers, FEATURE_DIM)
             if cfg.patch_after is not None:
                 for name in BLOCKS:
                     lengths[f"patch_{name}"] = self.discriminator.linear.in_features
-            # Frozen parameters: DDP would broadcast buffers before every pass.
+            # Frozen parameters, because DDP would broadcast buffers before every pass.
             self.queue = nn.ParameterDict()
             for name, d in lengths.items():
                 self.queue[name] = F.normalize(torch.randn(cfg.negatives, d), dim=1)
@@ -101,8 +101,8 @@ class DCVAE(nn.Module):
     def autoencoder_terms(self, x, where, keys):
         """What encoder and decoder minimise: x (B, C, H, W) -> {name: (B,)}, not yet weighted.
 
-        A contrast needs the `keys` of x, and for patches the places `where` they were taken, else
-        these are None. The gan has B reconstructions and 2B samples, as released.
+        The contrast needs the `keys` of x, and for patches the places `where` they were taken.
+        Otherwise these are None. The gan has B reconstructions and 2B samples, as released.
         """
         mean, log_var = self.encoder(x)
         z = sample_code(mean, log_var)
@@ -112,14 +112,14 @@ class DCVAE(nn.Module):
 
         if self.adversarial:
             z = torch.cat([z, torch.randn(2 * len(x), z.shape[1], device=x.device)])
-        fakes = self.decoder(z)  # x̂, then x̃, in one batch: batch norm has one statistic for both
+        fakes = self.decoder(z)  # x̂, then x̃: one batch, so batch norm has the same statistics
         scores, features = self.discriminator(fakes, where)
         terms = {}
         if self.cfg.loss == "vaegan":  # Eq. (3)
             with torch.no_grad():
                 _, real_features = self.discriminator(x)
-            # NOTE(paper): in Eq. (5) D maximises the feature distance too, and would drive F(x) and
-            # F(x̂) apart however alike x and x̂ look. Here D plays in gan alone.
+            # NOTE(paper): in Eq. (5) D also maximises the feature distance. It would drive F(x) and
+            # F(x̂) apart however similar x and x̂ look. Here D plays in gan only.
             difference = real_features["final"].float() - features["final"][:len(x)].float()
             terms["feature"] = difference.square().sum(1)
         if self.contrastive:  # Eqs. (6), (8)
@@ -134,8 +134,8 @@ class DCVAE(nn.Module):
 
             real, reconstructed, sampled    for gan: scores of x, x̂, x̃, only logged
             d_gan                           for gan, with B reconstructions and B samples
-            d_penalty                       with --gan wgan, between x and x̂ or x̃, at random
-            d_contrast                      where keys are given
+            d_penalty                       for --gan wgan, between x and, at random, x̂ or x̃
+            d_contrast                      if keys are given
             accuracy                        of the contrast, only logged
         """
         with torch.no_grad():  # neither encoder nor decoder learns here
@@ -156,7 +156,7 @@ class DCVAE(nn.Module):
                 fake = torch.where(coin, x_hat, x_tilde)
                 terms["d_penalty"] = gradient_penalty(self.discriminator, x, fake)
         if keys is not None:
-            # NOTE(paper): in Eq. (9) D maximises the contrast too. But the optimal critic of
+            # NOTE(paper): in Eq. (9) D also maximises the contrast. But the optimal critic of
             # Remark 1, which recognises x, minimises it, and so does D here.
             terms["d_contrast"], terms["accuracy"] = self.contrast(features, keys)
         return terms
@@ -170,9 +170,9 @@ class DCVAE(nn.Module):
     def contrast(self, features, keys):
         """InfoNCE of reconstructions against `keys` {layer: (B, d)} of their originals.
 
-        The first B rows of `features` belong to the reconstructions. -> nats and hits (B,), means
-        over --contrast_layers; to the nats the mean over patches is added (4.2). Eq. (7) is the
-        average of these nats over images and z.
+        The first B rows of `features` belong to the reconstructions. -> nats and hits, (B,) each,
+        averaged over --contrast_layers. The nats also include the mean over patches (4.2). Eq. (7)
+        is the average of these nats over images and z.
         """
         nats = 0
         hits = 0
@@ -190,18 +190,18 @@ class DCVAE(nn.Module):
     def encode_keys(self, x, where=None):
         """Keys of real images, from D's average: x (B, C, H, W) -> {layer: (B, d)}, of length 1.
 
-        With `where` there are keys of local patches too.
+        With `where` there are also keys of local patches.
         """
         _, features = self.momentum_discriminator(x, where)
         keys = {}
         for name in self.queue:
-            if name in features:  # patches have queues from the start, features only later
+            if name in features:  # patches have queues from the start, but features only later
                 keys[name] = F.normalize(features[name].float(), dim=1)
         return keys
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Overwrite the oldest negatives with keys {layer: (B, d)}, those of all processes."""
+        """Overwrite the oldest negatives with the keys {layer: (B, d)} of all processes."""
         K = self.cfg.negatives
         for name, key in keys.items():
             key = gather_batch(key)[-K:]
@@ -214,7 +214,7 @@ class DCVAE(nn.Module):
     def grow(self, side, alpha):
         """Set the side of growing networks, and the share `alpha` of their newest layers.
 
-        AutoGAN's do not grow.
+        AutoGAN's networks do not grow.
         """
         for network in self.modules():
             if isinstance(network, Growing):
@@ -223,7 +223,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """z (…, L) -> images by the averaged decoder, enlarged to (…, C, H, W), of 256 values."""
+        """z (…, L) -> images by the averaged decoder, enlarged to (…, C, H, W), on the grid."""
         x = F.interpolate(self.averaged_decoder(z.flatten(0, -2)), size=self.size)
         return quantize(x).unflatten(0, z.shape[:-1])
 
@@ -234,12 +234,12 @@ class DCVAE(nn.Module):
         return sample_code(mean, log_var) if draw else mean
 
     def sample(self, n):
-        """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), of 256 values."""
+        """z ~ N(0, 1), with --clamp limited to [-1, 1] -> (n, C, H, W), on the pixel grid."""
         z = torch.randn(n, self.cfg.latent, device=next(self.parameters()).device)
         return self.decode(z.clamp(-1, 1) if self.cfg.clamp else z)
 
     def reconstruct(self, x):
-        """x̂ from the mean of q(z|x), with --draw_code from a sample: (B, C, H, W) -> same."""
+        """x̂ from the mean of q(z|x), or with --draw_code from a sample: (B, C, H, W) -> same."""
         return self.decode(self.encode(x, self.cfg.draw_code))
 
     def interpolate(self, x1, x2, count=8):
@@ -248,9 +248,10 @@ class DCVAE(nn.Module):
         return self.edit(x1, direction, [i / (count - 1) for i in range(count)])
 
     def mix(self, x1, x2):
-        """Images of each x1's code with a random half of its dimensions from each x2's (Figure 12).
+        """Images of each x1's code, with half of its dimensions taken from each x2's (Figure 12).
 
-        The half is the same for all pairs. (B1, C, H, W), (B2, C, H, W) -> (B1, B2, C, H, W).
+        The half is random, but the same for all pairs. (B1, C, H, W), (B2, C, H, W) ->
+        (B1, B2, C, H, W).
         """
         from_x2 = torch.randperm(self.cfg.latent, device=x1.device) < self.cfg.latent // 2
         z1 = self.encode(x1).unsqueeze(1)  # (B1, 1, L)
@@ -258,7 +259,7 @@ class DCVAE(nn.Module):
         return self.decode(torch.where(from_x2, z2, z1))
 
     def edit(self, x, direction, amounts):
-        """Images at x's code plus amounts times `direction`, (L,) or (B, L) (A.2).
+        """Images of x's code plus each of `amounts` times `direction`, (L,) or (B, L) (A.2).
 
         x (B, C, H, W) -> (B, len(amounts), C, H, W).
         """
@@ -268,10 +269,10 @@ class DCVAE(nn.Module):
 
 # ---- Special to this model -----------------------------------------------------------------------
 # Its losses, all fp32: KL, contrast, gan. pixel and feature are lines of autoencoder_terms.
-# Then its game: a step, an update of one player, the averages that follow.
+# Then its game: a step, an update of one player, the moving averages.
 
 def gaussian_kl(mean, log_var):
-    """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
+    """KL(N(μ, σ²) ‖ N(0, 1)) per dimension, ½ (μ² + σ² - 1 - log σ²): (B, L) in nats."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
 
@@ -284,16 +285,16 @@ def info_nce(query, positive, negatives, temperature):
     """InfoNCE, Eq. (6): -log of the positive's share of Σ_j exp(cos(query, key_j)/τ), K + 1 keys.
 
     query (B, d); positive (B, d) and negatives (K, d), scaled to length 1 -> nats (B,), and hits
-    (B,), 1 where the positive is nearest to the query, else 0. A guess costs log(1 + K) nats.
+    (B,), 1 if the positive is nearest to the query, else 0. A blind guess costs log(1 + K) nats.
     """
-    # Cosines in fp32: bf16 would round them to 1/256.
+    # Cosines are fp32, because bf16 would round them to 1/256.
     with torch.autocast(query.device.type, enabled=False):
         query = F.normalize(query.float(), dim=1)
         similarity = (query * positive).sum(1)  # (B,)
         others = query @ negatives.T  # (B, K)
-        # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1: without one, the
-        # right of 8097 keys could have a share of at most e/(e + 8096/e) ≈ e²/8096, and the loss
-        # could not fall by more than 2 nats.
+        # NOTE(paper): Eq. (6) has no temperature. Cosines lie between -1 and 1. Without temperature
+        # the right one of 8097 keys could have a share of at most e/(e + 8096/e) ≈ e²/8096, and the
+        # loss could not fall by more than 2 nats.
         logits = torch.cat([similarity.unsqueeze(1), others], 1) / temperature
         loss = torch.logsumexp(logits, 1) - logits[:, 0]
         return loss, (similarity > others.amax(1)).float()
@@ -302,34 +303,34 @@ def info_nce(query, positive, negatives, temperature):
 def discriminator_gan(kind, real, reconstructed, sampled):
     """What D minimises: scores (B,) of real images, reconstructions, samples -> (B,).
 
-    "log" is minus Eq. (4), where D(x) = σ(score). "wgan" is without its gradient penalty.
+    "log" is minus Eq. (4), where D(x) = σ(score). "wgan" does not include its gradient penalty.
     """
     if kind == "log":
         return F.softplus(-real) + F.softplus(sampled) + F.softplus(reconstructed)
     if kind == "wgan":  # the last term keeps all scores near 0
         return 0.5 * reconstructed + 0.5 * sampled - real + 1e-3 * real.square()
-    # NOTE(paper): the release trains by hinge losses, as AutoGAN does, and weighs both kinds of
-    # fakes by one half.
+    # NOTE(paper): the release trains with hinge losses, as AutoGAN does, and gives both kinds of
+    # fakes a weight of one half.
     return F.relu(1 - real) + 0.5 * F.relu(1 + sampled) + 0.5 * F.relu(1 + reconstructed)
 
 
 def autoencoder_gan(kind, reconstructed, sampled):
     """What encoder and decoder minimise: scores of reconstructions (B,), of samples -> (B,).
 
-    There may be any number of samples. "log" is Eq. (4) without log D(x), which they cannot
-    change.
+    There may be any number of samples. "log" is Eq. (4) without log D(x), which encoder and decoder
+    cannot change.
     """
     if kind == "log":
         return -F.softplus(reconstructed) - F.softplus(sampled).mean()
-    # The same for hinge and wgan.
+    # hinge and wgan are the same here.
     return -0.5 * reconstructed - 0.5 * sampled.mean()
 
 
 def gradient_penalty(discriminator, real, fake):
     """(‖∇D(x̄)‖ - 1)² at a point x̄ between each real image and a fake: (B, C, H, W) twice -> (B,).
 
-    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). In fp32, as training takes second
-    derivatives.
+    It keeps D's slope near 1 (WGAN-GP, Gulrajani et al. 2017). It is fp32, because training takes
+    second derivatives.
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     between = torch.lerp(fake, real, share).requires_grad_()
@@ -340,13 +341,13 @@ def gradient_penalty(discriminator, real, fake):
 
 
 def train_step(cfg, model, player_terms, optimizer, batches, step):
-    """An update of D on each batch, then one of encoder and decoder on the last -> means of terms.
+    """Update D on each batch, then encoder and decoder on the last batch -> means of terms.
 
-    `player_terms` is the model's forward pass, which may be compiled or parallel; `batches` are
-    --d_steps of them, as --loss vae has no D just one. The contrast is of the last batch alone:
-    D's last update and that of encoder and decoder have it, with the same keys. The terms are those
-    of these two updates. While encoder and decoder learn D is frozen: gradients pass through it to
-    the decoder, its own weights get none.
+    `player_terms` is the model's forward pass, which may be compiled or parallel. There are
+    --d_steps `batches`, but only one with --loss vae, which has no D. Only the last batch has a
+    contrast: D's last update and that of encoder and decoder share its keys, and the terms are
+    those of these two updates. D is frozen while encoder and decoder learn. Gradients then pass
+    through D to the decoder, but D's own weights get none.
     """
     x = batches[-1]
     where = None
@@ -368,7 +369,8 @@ def train_step(cfg, model, player_terms, optimizer, batches, step):
         model.discriminator.requires_grad_(True)
     if model.contrastive:
         model.enqueue(keys)
-    # The decay grows with the step, else a short run's average would be mostly its random start.
+    # The decay grows with the step. Otherwise a short run's average would mostly be its random
+    # start.
     decay = min(cfg.ema, step / (step + 9))
     update_average(model.averaged_decoder, model.decoder, decay)
     return means
@@ -377,9 +379,8 @@ def train_step(cfg, model, player_terms, optimizer, batches, step):
 def update(cfg, model, player_terms, optimizer, player, x, where=None, keys=None):
     """One step of Adam on the weighted sum of a player's terms -> their means.
 
-    Eqs. (5), (9), and what --loss has of them; but for the NOTEs on D.
-
-    `player` is that of `DCVAE.forward`. The other one has no gradients, so Adam passes over it.
+    This follows Eqs. (5), (9), or the part of them that --loss has, except for the NOTEs on D.
+    `player` is that of `DCVAE.forward`. The other player has no gradients, so Adam skips it.
     """
     with autocast(cfg):
         terms = player_terms(x, where, keys, player=player)
@@ -397,7 +398,7 @@ def update(cfg, model, player_terms, optimizer, player, x, where=None, keys=None
 def update_average(average, model, decay):
     """average ← decay·average + (1 - decay)·model, of parameters and buffers.
 
-    So batch norm's statistics and spectral norm's vectors are averaged too.
+    Batch norm's statistics and spectral norm's vectors are therefore averaged, too.
     """
     for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
         if slow.is_floating_point():
@@ -407,10 +408,10 @@ def update_average(average, model, decay):
 
 
 # ---- Networks ------------------------------------------------------------------------------------
-# First AutoGAN's, for 32x32 and 48x48; below the constant FIRST_SIDE Progressive GAN's.
+# AutoGAN's networks, for 32x32 and 48x48, come first. From FIRST_SIDE on: Progressive GAN's.
 
 # Changed from vae.py: AutoGAN's
-WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels: of decoder; of encoder and D
+WIDTHS = {"full": (256, 128), "small": (32, 32)}  # channels of the decoder; of encoder and D
 
 
 def networks(cfg, channels, size, layers):
@@ -432,11 +433,11 @@ def parse_layers(cfg):
     known = (*BLOCKS, "final") if cfg.backbone == "autogan" else ("b8", "final")
     if not set(layers) <= set(known) or len(set(layers)) < len(layers):
         raise UserError(f"--contrast_layers {cfg.contrast_layers}: take some of "
-                        f"{','.join(known)}, each once, with commas")
+                        f"{','.join(known)}, each once, separated by commas")
     return layers
 
 
-FEATURE_DIM = 16  # of the contrast (5.1); in AutoGAN's D also of what its score is computed from
+FEATURE_DIM = 16  # of features in the contrast (5.1), and of the last features in AutoGAN's D
 
 
 BLOCKS = ("b1", "b2", "b3", "b4")
@@ -522,7 +523,7 @@ class Discriminator(nn.Module):
             if name in self.heads:
                 features[name] = self.heads[name](h)
             if where is not None:
-                # Indices of shape (1,): for one of shape () the host would wait for its value.
+                # Indices of shape (1,), because for shape () the host would wait for the value.
                 row, column = (where[i] * h.shape[2]).long().unsqueeze(1)
                 features[f"patch_{name}"] = h[:, :, row, column].squeeze(2)
         features["final"] = self.linear(pool(h))
@@ -533,12 +534,12 @@ class Discriminator(nn.Module):
 FIRST_SIDE = 8
 
 
-# Feature maps up to this side, of which there are half as many with each doubling beyond.
+# (number of feature maps, up to this side). The number halves with each doubling beyond it.
 MAPS = {"full": (512, 32), "small": (64, 16)}
 
 
 def feature_maps(cfg, size):
-    """Feature maps at the sides 4, 8, …, `size`. UserError if that is not 4 · 2ⁿ from 16 on."""
+    """Number of feature maps at sides 4, 8, …, `size`. UserError if `size` is not 16, 32, 64 …"""
     most, side_of_most = MAPS["small" if cfg.small else "full"]
     sides = [4 * 2**i for i in range(size.bit_length() - 2)]
     if size < 16 or sides[-1] != size:
@@ -550,8 +551,8 @@ def feature_maps(cfg, size):
 def growth(cfg, size, step):
     """The side that step 1, 2, … trains, and α in (0, 1], the share of its newest layers.
 
-    P = --phase_steps steps at 8x8, P that fade 16x16 in, P at 16x16, …, all others at `size`.
-    NOTE(paper): ProGAN counts images, 600,000 for each of these phases.
+    P = --phase_steps steps train 8x8, P fade in 16x16, P train 16x16, …, the rest train `size`.
+    NOTE(paper): ProGAN counts images instead, 600,000 for each of these phases.
     """
     if not cfg.grow:
         return size, 1.0
@@ -563,7 +564,7 @@ def growth(cfg, size, step):
 
 
 def at_side(x, side, alpha=1):
-    """Images (B, C, H, W) averaged down to `side`, their details faded in as layers do, with α."""
+    """Images (B, C, H, W) averaged down to `side`; α fades in their details as it does layers."""
     x = F.avg_pool2d(x, x.shape[-1] // side)
     if alpha < 1:
         x = torch.lerp(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x, alpha)
@@ -573,8 +574,8 @@ def at_side(x, side, alpha=1):
 class GrowingEncoder(nn.Module):
     """q(z|x) = N(μ, σ²): x (B, C, H, W) -> μ and log σ² (B, L), fp32, as Encoder.
 
-    NOTE(paper): no spectral norm, which the encoder has at 32x32: it would undo the weights' scale.
-    No minibatch deviation: a code depends on its own image only.
+    NOTE(paper): the encoder has spectral norm at 32x32, but not here, where it would undo the
+    weights' scale. There is no minibatch deviation either: a code depends on its own image only.
     """
 
     def __init__(self, latent, channels, maps):
@@ -588,14 +589,15 @@ class GrowingEncoder(nn.Module):
 
 
 class Growing(nn.Module):
-    """Networks with layers for each side, of which those up to 4 · 2^level are in use.
+    """A network with layers for each side. Layers for sides up to 4 · 2^level are in use.
 
-    The newest count by the share `alpha`, the network without them by 1 - alpha. `DCVAE.grow` sets
-    both. They follow from the step, by `growth`, and are not in checkpoints.
+    The newest layers have the weight `alpha`, and the network without them has 1 - alpha.
+    `DCVAE.grow` sets level and alpha. They follow from the step, by `growth`, and are not in
+    checkpoints.
     """
 
     def blend(self, without, with_newest):
-        """What the network is without its newest layers, and with them -> what it is now."""
+        """The output without the newest layers, and with them -> their mean weighted by alpha."""
         alpha = torch.tensor(self.alpha, dtype=with_newest.dtype)
         return (1 - alpha) * without + alpha * with_newest
 
@@ -626,9 +628,9 @@ class GrowingDecoder(Growing):
 
 
 class GrowingBody(Growing):
-    """ProGAN's discriminator but for its score: image -> its 8x8 map, and features (B, c, 1, 1).
+    """ProGAN's discriminator without its score: image -> its 8x8 map, and features (B, c, 1, 1).
 
-    Images larger than its side are averaged down to it.
+    Images larger than the network's side are averaged down to it.
     """
 
     def __init__(self, channels, maps, deviation):
@@ -650,7 +652,7 @@ class GrowingBody(Growing):
         h = self.blocks[level - 1](last_read)
         h = self.blend(self.from_image[level - 1](F.avg_pool2d(x, 2)), h)
         for block in reversed(self.blocks[:level - 1]):
-            last_read = h  # in the end what the block from 8x8 to 4x4 reads
+            last_read = h  # finally, the input of the block from 8x8 to 4x4
             h = block(h)
         if self.deviation:
             h = minibatch_deviation(h)
@@ -660,8 +662,9 @@ class GrowingBody(Growing):
 class GrowingDiscriminator(nn.Module):
     """Image -> score (B,) and features {layer: (B, d)}, as Discriminator.
 
-    NOTE(paper): where the contrast is taken is not said. Here from the 8x8 map, which networks of
-    all sides have, and the last features. Where `layers` lacks it, `final` is the last features.
+    NOTE(paper): the paper does not say where the contrast is taken. Here it is taken at the 8x8
+    map, which networks of all sides have, and at the last features. If `layers` does not have
+    "final", then `final` is the last features themselves.
     """
 
     def __init__(self, channels, maps, layers):
@@ -685,20 +688,20 @@ class GrowingDiscriminator(nn.Module):
 
 
 # ---- Building blocks -----------------------------------------------------------------------------
-# Residual blocks down, AutoGAN's cells up (A.5, Figure 15); from class ScaledConv on Progressive
-# GAN's.
+# Residual blocks going down, and AutoGAN's cells going up (A.5, Figure 15). From class ScaledConv
+# on: Progressive GAN's blocks.
 
 def mean_and_log_var(h):
-    """What an encoder ends with, (B, 2L) -> μ and log σ² (B, L), fp32.
+    """The end of an encoder: (B, 2L) -> μ and log σ² (B, L), fp32.
 
-    log σ² is cut at 20, long before exp overflows.
+    log σ² is limited to 20, long before exp overflows.
     """
     mean, log_var = h.float().chunk(2, 1)
     return mean, log_var.clamp(max=20)
 
 
 def xavier(layer):
-    """Xavier's start for a conv: of the decoder and of D's heads.
+    """Xavier's initialisation of a conv, in the decoder and in D's heads.
 
     The release calls it for all convs, but it does not reach those with spectral norm.
     """
@@ -710,7 +713,7 @@ def pool(h):
     """ReLU and 64 times the mean over the map: (B, width, H, W) -> (B, width).
 
     At 32x32 this is the released sum over 8x8 positions. A sum over a larger map would be larger,
-    and log σ² would start beyond the 20 that are allowed.
+    and log σ² would start above its limit of 20.
     """
     return 64 * F.relu(h).mean((2, 3))
 
@@ -718,8 +721,8 @@ def pool(h):
 class DownBlock(nn.Module):
     """Residual block with spectral norm: (B, c_in, H, W) -> (B, c_out, H, W).
 
-    With `halve` -> (B, c_out, H/2, W/2). A ReLU stands before each 3x3 conv, except that the
-    `first` block, which sees an image, begins without one.
+    With `halve` -> (B, c_out, H/2, W/2). A ReLU precedes each 3x3 conv, but the `first` block,
+    which sees an image, begins without one.
     """
 
     def __init__(self, c_in, c_out, first=False, halve=False):
@@ -767,7 +770,7 @@ class UpCell(nn.Module):
 
         skip = self.conv1(up(F.relu(h)))
         for conv, earlier_skip in zip(self.skips, earlier_skips):
-            skip = skip + up(conv(earlier_skip))  # after the 1x1 conv: the same values, less work
+            skip = skip + up(conv(earlier_skip))  # conv first: the same values for less work
         out = self.conv2(F.relu(skip))
         if self.shortcut is not None:
             out = out + up(self.shortcut(h))
@@ -775,9 +778,9 @@ class UpCell(nn.Module):
 
 
 class ScaledConv(nn.Conv2d):
-    """A conv whose weights begin at N(0, 1), multiplied by gain / √fan_in where they are used.
+    """A conv whose weights start from N(0, 1), and are multiplied by gain / √fan_in when used.
 
-    Adam's steps, all of one size, are then the same relative change in every layer.
+    Adam's steps all have one size, so they are then the same relative change in every layer.
     """
 
     gain = 1
@@ -810,10 +813,10 @@ class PixelNorm(nn.Module):
 
 
 def minibatch_deviation(h):
-    """One map more: the standard deviation over groups of 4 images, averaged over (C, H, W).
+    """Append a map: the standard deviation over groups of 4 images, averaged over (C, H, W).
 
-    It shows D if samples are all alike. The 4 are neighbours, so no group mixes real and fake.
-    Where B does not divide by 4, groups are of 2, or of 1, which tells nothing.
+    It shows D if samples are all alike. The 4 are neighbours, so no group mixes real and fake. If B
+    is not divisible by 4, groups have 2 images, or 1, which tells nothing.
     """
     group = math.gcd(4, len(h))
     variance = h.float().unflatten(0, (-1, group)).var(1, correction=0)  # (B/4, C, H, W)
@@ -826,9 +829,9 @@ def minibatch_deviation(h):
 
 # Changed from vae.py: two players, no bound
 def train(cfg, model, images, folder, checkpoint):
-    """The game of Eq. (9), or what --loss has: Eq. (2), (5) or (8) of vae, vaegan or contrastive.
+    """Play the game of Eq. (9), or train vae, vaegan or contrastive by Eq. (2), (5) or (8).
 
-    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    Without a checkpoint a new run starts in `folder`. With one, the run in `folder` continues.
     """
     label_values(cfg, images, "train")  # reports a wrong flag now, not after training
     rank, world = processes()
@@ -839,9 +842,9 @@ def train(cfg, model, images, folder, checkpoint):
         phases = 2 * (images.size // FIRST_SIDE).bit_length() - 2
         cfg.phase_steps = max(1, total // 2 // phases)
     reference = fid_reference(cfg, images)
-    # One Adam serves both players: it passes over parameters without a gradient, such as those of
-    # larger sides, and each parameter has its own moments and its own count of updates.
-    # NOTE(paper): ProGAN begins all moments anew with each side.
+    # One Adam serves both players. It skips parameters without a gradient, such as those of larger
+    # sides, and each parameter has its own moments and its own count of updates.
+    # NOTE(paper): ProGAN resets all moments at each new side.
     learned = [p for p in model.parameters() if p.requires_grad]
     beta2 = 0.9 if cfg.backbone == "autogan" else 0.99
     optimizer = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.0, beta2), foreach=True)
@@ -855,16 +858,16 @@ def train(cfg, model, images, folder, checkpoint):
     synchronised = world > 1 and cfg.device.startswith("cuda")
     if synchronised:  # SyncBatchNorm exists on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # torch.compile traces neither that nor a gradient's gradient, and begins anew at every side.
+    # torch.compile traces neither that nor a gradient's gradient, and recompiles at every side.
     if synchronised or cfg.grow or (model.adversarial and cfg.gan == "wgan"):
         cfg = dataclasses.replace(cfg, compile=False)
     # `model` holds the weights; `player_terms` is its forward pass, compiled, over all processes.
-    # Layers of the other player, and of other sides, have no gradients: DDP must be told.
+    # DDP must be told that layers of the other player, and of other sides, have no gradients.
     unused = model.discriminator is not None or cfg.backbone == "progan"
     player_terms = parallel(cfg, model, find_unused_parameters=unused)
 
     rows = []  # the terms of the steps since the last progress line
-    saved = -math.inf  # when last.pt was
+    saved = -math.inf  # when last.pt was saved
     state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -883,8 +886,8 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if validating:
                 validate(cfg, model, images, folder, optimizer, state, reference)
-            # After the validation, to hold its score, and only where all steps so far are logged: a
-            # resumed run begins its next line with no rows.
+            # Saved after the validation, to include its score, and only when all steps so far are
+            # logged, because a resumed run begins its next line with no rows.
             if step == total or time.perf_counter() > saved + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
                 saved = time.perf_counter()
@@ -904,14 +907,14 @@ def fid_reference(cfg, images):
 
 # Changed from vae.py: distances and pictures; only FID says which step is best
 def validate(cfg, model, images, folder, optimizer, state, reference):
-    """Log distances of validation images, draw figures; best.pt where FID is the lowest so far.
+    """Log distances of validation images, draw figures; save best.pt if FID is the lowest yet.
 
-    Process 0 does it while the others wait. This time is not counted as training.
+    Process 0 does this while the others wait. The time does not count as training.
     """
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
         with inference(cfg, model):
-            # First, so that all figures of samples are of the same z.
+            # First, so that all figures of samples have the same z.
             save_figures(cfg, model, images, folder, "valid", state["step"])
             row = distances(model, valid)
             if reference:
@@ -924,16 +927,16 @@ def validate(cfg, model, images, folder, optimizer, state, reference):
             state["best"] = row["fid_valid"]
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["clock"] = time.perf_counter()  # so that it does not count as training
+    state["clock"] = time.perf_counter()  # so that this time does not count as training
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 # Changed from vae.py: pictures, codes and a probe instead of bounds
 def evaluate(cfg, model, images, folder, state):
-    """Rows of Tables 1 to 8, where they apply, printed and in results.json; figures test.png.
+    """Rows of Tables 1 to 8, if they apply, printed and in results.json; figures test.png.
 
-    Beside each number stands how it was made.
+    The results also say how each number was made.
     """
     label_values(cfg, images, "train")  # reports a wrong flag before anything is written
     model.grow(*growth(cfg, images.size, state["step"]))
@@ -951,8 +954,8 @@ def evaluate(cfg, model, images, folder, state):
         if cfg.fid:
             results |= fid(cfg, model, images, test)
         if cfg.path_length:
-            # NOTE(paper): Table 7 gives neither space, interpolation nor crop. Here z ~ N(0, 1),
-            # arcs from one to another, whole images.
+            # NOTE(paper): Table 7 names neither the space, the interpolation nor the crop. Here
+            # z ~ N(0, 1), paths are arcs from one z to another, and images are whole.
             results |= path_length_metrics(model.averaged_decoder, cfg.latent, cfg.path_length,
                                            cfg.device, cfg.lpips_weights)
         title = sheet_title(cfg, images, "test", state["step"])
@@ -960,7 +963,7 @@ def evaluate(cfg, model, images, folder, state):
             save_sheets(cfg, model, images, folder, title)
         results |= {
             "clamp": cfg.clamp, "ema": cfg.ema,
-            **cost_of(cfg, model, state),  # last: it takes as many samples as time allows
+            **cost_of(cfg, model, state),  # last: it draws as many samples as time allows
         }
     results |= probe(cfg, model, images)
     write_results(folder, results)
@@ -969,8 +972,8 @@ def evaluate(cfg, model, images, folder, state):
 def distances(model, batches, vgg=None):
     """Mean distances of x and x̂ over a split: pixel and, with VGGFeatures, perceptual.
 
-    Also the mean KL in nats, per image and per latent dimension, and `active`, the number of
-    dimensions in which it is above 0.05 nats (our threshold).
+    The result also has the mean KL in nats, per image and per latent dimension, and `active`, the
+    number of dimensions in which it is above 0.05 nats (our threshold).
     """
     pixel = []
     perceptual = []
@@ -1007,9 +1010,9 @@ def fid(cfg, model, images, test):
 
 
 def label_values(cfg, images, split):
-    """The labels of a split in --label_column -> int64 (N,), or None where there are none.
+    """The labels of a split in --label_column -> int64 (N,), or None if there are none.
 
-    UserError where there is no such column, or where the training images have no --label_value.
+    UserError if there is no such column, or if the training images do not have --label_value.
     """
     if images.labels is None:
         return None
@@ -1026,10 +1029,10 @@ def label_values(cfg, images, split):
 
 
 def probe(cfg, model, images):
-    """Table 6: test errors of a linear classifier on codes, and of the same on pixels, in percent.
+    """Table 6: test errors in percent of a linear classifier on codes, and of another on pixels.
 
-    The classifier learns from at most 60,000 training images, and from at most ten times
-    --eval_images. Without labels the result is empty.
+    They learn from at most 60,000 training images, and from at most ten times --eval_images.
+    Without labels the result is empty.
     """
     if images.labels is None:
         return {}
@@ -1049,8 +1052,8 @@ def probe(cfg, model, images):
 def probe_data(cfg, model, images, split, count):
     """Codes (N, L), the means of q(z|x), pixels (N, d) and labels (N,) of `count` images at most.
 
-    Images of 64 pixels a side or more are averaged down to 32 to 63: 60,000 would not fit into
-    memory.
+    Images of 64 pixels a side or more are averaged down to between 32 and 63, because 60,000 would
+    not fit into memory.
     """
     batches = evaluation_batches(getattr(images, split), cfg.device, count)
     codes = []
@@ -1098,7 +1101,7 @@ def save_interpolations(cfg, model, images, folder, title):
 
 
 def save_mixing(cfg, model, images, folder, title):
-    """mixing/: images on the left, with half of the codes of those in the top row (Figure 12)."""
+    """mixing/: the images at the left, with half of their codes from the top row (Figure 12)."""
     n = 7 if images.size <= 32 else 3  # as many as fit
     x = as_batch(images.test[:2 * n], cfg.device)
     left = x[:n]
@@ -1111,10 +1114,11 @@ def save_mixing(cfg, model, images, folder, title):
 
 
 def save_editing(cfg, model, images, folder, title):
-    """editing/: rows of x, then images at its code plus 0, ½, 1 … 3 times a direction (A.2).
+    """editing/: rows of x, then images of its code plus 0, ½, 1 … 3 times a direction (A.2).
 
     The direction goes from images without --label_value to images with it: the difference of the
-    mean codes of 20 training images each. No figure without labels, or where all are the same.
+    mean codes of 20 training images each. Without labels, or if all are the same, there is no
+    figure.
     """
     labels = label_values(cfg, images, "train")
     if labels is None:
@@ -1139,12 +1143,12 @@ def save_editing(cfg, model, images, folder, title):
 
 # Copied from vae.py: flag
 def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    """A field of Config. A `fixed` one cannot change in a run; numbers are in [`low`, `high`]."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGAN's
+DEFAULTS = {  # of flags that depend on the backbone: the released code's, and ProGAN's
     "autogan": {"epochs": 800, "latent": 128, "d_steps": 5, "lr": 2e-4, "grow": False,
                 "gan": "hinge", "contrast_layers": "b1,final"},
     "progan": {"epochs": 100, "latent": 512, "d_steps": 1, "lr": 1e-3, "grow": True,
@@ -1157,7 +1161,7 @@ DEFAULTS = {  # of flags that a backbone decides: the released code's, and ProGA
 class Config:
     """The flags. Defaults are the released code's for CIFAR-10, with progan ProGAN's.
 
-    Where these differ from the paper: docs/dcvae.md, section 11.
+    Where they differ from the paper: docs/dcvae.md, section 12.
     """
 
     dataset: str = flag("shapes", "shapes, mnist, cifar10, stl10, imagenette, celeba, celebahq, "
@@ -1167,7 +1171,7 @@ class Config:
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
     size: int = flag(None, "side of the images, 8 · n, progan 16, 32, … (default: the dataset's)",
                      fixed=True)
-    backbone: str = flag(None, "of networks (default: autogan below 64 pixels, else progan)",
+    backbone: str = flag(None, "networks (default: autogan below 64 pixels, else progan)",
                          fixed=True, choices=("autogan", "progan"))
     loss: str = flag("dcvae", "the four models of Table 1", fixed=True,
                      choices=("vae", "vaegan", "contrastive", "dcvae"))
@@ -1178,9 +1182,9 @@ class Config:
                        "100)")
     steps: int = flag(None, "training steps, each with one update of encoder and decoder "
                       "(overrides --epochs)")
-    # NOTE(paper): 128 in 5.1. The release has 64 images, and 128 samples where the decoder learns.
-    batch_size: int = flag(None, "images an update, all processes together; more where progan has "
-                           "not grown yet (default 64, progan 2048/size)", fixed=True)
+    # NOTE(paper): 5.1 has 128. The release has 64 images, and 128 samples when the decoder learns.
+    batch_size: int = flag(None, "images per update, over all processes; more while progan is "
+                           "growing (default 64, progan 2048/size)", fixed=True)
     d_steps: int = flag(None, "updates of D per step, each on its own batch (default 5, progan 1; "
                         "without a gan always 1)", fixed=True)
     lr: float = flag(None, "Adam's learning rate, constant (default 2e-4, progan 1e-3)",
@@ -1188,14 +1192,14 @@ class Config:
     grow: bool = flag(None, "progan: from 8x8 to --size while it trains (default: yes)", fixed=True)
     phase_steps: int = flag(None, "progan: steps of each fade, and between fades (default: so that "
                             "growing takes half of all steps)", fixed=True)
-    kl_weight: float = flag(None, "of the KL, per image (default 6.4e-5, --loss vae 1)",
+    kl_weight: float = flag(None, "weight of the KL, per image (default 6.4e-5, --loss vae 1)",
                             fixed=True, low=0)
     gan: str = flag(None, "set-level loss: hinge, as released, log, as in Eq. (4), or wgan, with "
                     "ProGAN's gradient penalty (default hinge, progan wgan)",
                     fixed=True, choices=("hinge", "log", "wgan"))
-    negatives: int = flag(8096, "K, the other images that x is told from in the contrast",
+    negatives: int = flag(8096, "K, number of other images that the contrast tells x apart from",
                           fixed=True)
-    temperature: float = flag(0.07, "of the contrast", fixed=True, low=1e-3)
+    temperature: float = flag(0.07, "τ of the contrast", fixed=True, low=1e-3)
     momentum: float = flag(0.999, "decay of D's average, which makes the keys of the contrast",
                            fixed=True, low=0, high=1)
     contrast_layers: str = flag(None, "where the contrast is taken: blocks b1 … b4, progan b8, and "
@@ -1204,20 +1208,21 @@ class Config:
                             fixed=True, low=0)
     ema: float = flag(0.999, "decay of the decoder's average, which figures and evaluation use",
                       fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; losses are fp32. auto: bf16 on GPUs from Ampere "
-                      "on and CPUs with AVX512-BF16, else fp32", choices=("auto", "fp32", "bf16"))
+    seed: int = flag(0, "for initialisation, batches, noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first one available")
+    dtype: str = flag("auto", "networks' precision; losses are fp32. auto: bf16 on GPUs from "
+                      "Ampere on and CPUs with AVX512-BF16, else fp32",
+                      choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    resume: bool = flag(False, "continue the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder without training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    eval_images: int = flag(None, "images to evaluate (default all, --small 500)")
     fid: int = flag(None, "samples for FID and Inception Score, with perceptual distance; best.pt "
                     "then has the lowest validation FID (default: none)")
     path_length: int = flag(None, "pairs of codes for the perceptual path length (default: none)")
-    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for that length in LPIPS")
+    lpips_weights: str = flag(None, "vgg.pth of the package lpips, for --path_length in LPIPS")
     clamp: bool = flag(False, "samples: z limited to [-1, 1], as the release evaluates")
     draw_code: bool = flag(False, "reconstructions: z drawn from q(z|x), not its mean")
     label_column: int = flag(0, "probe and editing: which column of the labels", low=0)
@@ -1238,21 +1243,21 @@ class Config:
             self.eval_images = self.eval_images or 500
         if self.kl_weight is None:
             # NOTE(paper): Eqs. (3), (8) have 1, with which an empty code minimises Eq. (8). The
-            # release has 1e-6 on a sum over 64 images, 6.4e-5 on their mean, in both of its updates
-            # of encoder and decoder: gan + kl, then contrast + kl. Here dcvae has one update, gan +
-            # contrast + kl, so its KL weighs half as much as there.
+            # release has 1e-6 on a sum over 64 images, which is 6.4e-5 on their mean. It updates
+            # encoder and decoder twice, by gan + kl and then by contrast + kl. Here dcvae has one
+            # update, by gan + contrast + kl, so its KL weighs half as much as there.
             self.kl_weight = 1.0 if self.loss == "vae" else 6.4e-5
 
     @property
     def variant(self):
-        """The part of the run folder's name that tells of the model."""
+        """The part of the run folder's name that describes the model."""
         variant = f"{self.loss}-z{self.latent}"
         if self.backbone == "progan":
             variant = f"progan-{variant}"
         return f"{variant}-small" if self.small else variant
 
     def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
+        """Raise UserError for flags that make no model, before anything is written."""
         if self.size is not None and self.backbone == "autogan":
             start_side(self.size)
         if self.size is not None and self.backbone == "progan":
@@ -1269,11 +1274,11 @@ class Config:
 
 
 # --- same in every script -------------------------------------------------------------------------
-# Flags, the run's folder and its files, precision, main: nothing of the model.
+# Flags, the run's folder and its files, precision, main: nothing here depends on the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
+SAVE_SECONDS = 60  # at least, between saves of last.pt, which follow a progress line
+IMAGES_PER_SECOND = 10  # at the paper's size on two CPU cores, up to 64x64; measured: 4 to 42
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1286,8 +1291,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
-    as it was there, and a `fixed` one cannot be typed with another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed
+    keeps its value from that run. A `fixed` flag cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            argument_default=argparse.SUPPRESS)  # what is not typed is left out
@@ -1307,7 +1312,7 @@ def parse_flags(argv=None, run=None):
             low, high = f.metadata["range"]
             if not low <= values[f.name] <= high:
                 raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
-        # A run may be older than a flag. Its device and --compile were those of its machine.
+        # A run may be older than a flag. Its --device and --compile were for its machine.
         if run and f.name in run and f.name not in ("device", "compile"):
             value = values.setdefault(f.name, run[f.name])
             if f.metadata["fixed"] and value != run[f.name]:
@@ -1318,8 +1323,8 @@ def parse_flags(argv=None, run=None):
 def start_run(cfg, folder, images):
     """Make the folder of a new run, with config.json -> the run's state.
 
-    "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. FileExistsError where another run has the folder.
+    "seconds" is the time that "step" steps took, "best" is the lowest validation score, and "data"
+    identifies the images. FileExistsError if another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
@@ -1333,26 +1338,26 @@ def start_run(cfg, folder, images):
 
 
 def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    """Load best.pt, if `best` and if it exists, else last.pt. UserError if it cannot be read."""
     path = folder / "last.pt"
     if best and (folder / "best.pt").exists():
         path = folder / "best.pt"
     if not path.exists():
-        raise UserError(f"there is no {path} to go on from or to evaluate")
+        raise UserError(f"there is no {path} to resume or evaluate")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except PermissionError:
         raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    except Exception:  # reading a broken file may raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     return checkpoint
 
 
 def load_weights(checkpoint, model):
-    """Load a checkpoint's parameters; UserError if they are another model's."""
+    """Load a checkpoint's parameters. UserError if they belong to another model."""
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -1361,16 +1366,16 @@ def load_weights(checkpoint, model):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
+    """Process 0 saves a checkpoint of tensors and plain types, if all parameters are finite.
 
-    It is written aside and renamed, so `path` is never half a file.
+    It is written under another name and then renamed, so `path` is never half a file.
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+        with open(aside, "wb") as file:  # so a full disk is an OSError, which main prints
             torch.save(checkpoint, file)
         os.replace(aside, path)
 
@@ -1383,7 +1388,7 @@ def autocast(cfg):
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
+    """Context without gradients. Weights are normalised once; noise depends on --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -1401,7 +1406,7 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
+    """Print model, images, device; at the paper's size on a CPU also how long training takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
           f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
@@ -1431,7 +1436,7 @@ def sheet_title(cfg, images, split, step):
 def main(Model, argv=None):
     """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
+    The code is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -1455,8 +1460,8 @@ def main(Model, argv=None):
             trained_on = checkpoint["state"].get("data", images.identity)
             if trained_on != images.identity:
                 raise UserError(f"this run's images were {trained_on}; now they are "
-                                f"{images.identity}, and it may have been trained on some of its "
-                                "test images: take another --name")
+                                f"{images.identity}, and the run may have been trained on some of "
+                                "these test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
@@ -1468,7 +1473,7 @@ def main(Model, argv=None):
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
+        barrier()  # until process 0 has evaluated: one that exits earlier could end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

@@ -1,24 +1,24 @@
 """RealNVP, an invertible network as a density model of images and of points (Dinh et al. 2016).
 
-    generative model   v ~ N(0, 1), x = f⁻¹(v); f is a chain of invertible coupling layers, whose
-                       Jacobians are triangular
+    generative model   v ~ N(0, 1), x = f⁻¹(v); f is a chain of invertible coupling layers with
+                       triangular Jacobians
     likelihood         log p(x) = log N(f(x); 0, 1) + log |det ∂f/∂x|, exact (Eq. (3))
-    images             have 256 pixel values, but p is a density: x in pixel values, u ~ U[0, 1),
-                       gives the bound log P(x) ≥ E[log p(x + u)]
+    images             have 256 pixel values, but p is a density. With x in pixel values, noise
+                       u ~ U[0, 1) gives the bound log P(x) ≥ E[log p(x + u)]
 
     python realnvp.py --dataset moons              points in the plane, a minute on a laptop; also
                                                    rings, spirals, checkerboard
     python realnvp.py --dataset mnist --small      images on a CPU
     python realnvp.py --dataset cifar10            the paper's size, for a GPU: 3.49 bits per
-                                                   dimension in its Table 1
+                                                   dimension in the paper's Table 1
 
-Paper: arXiv:1605.08803; "released" is its TensorFlow code. Derivation, logged terms, differences
-from the paper: docs/realnvp.md. Results: docs/results.md.
+Paper: arXiv:1605.08803. "Released" refers to its TensorFlow code.
+Derivation, logged terms, differences from the paper: docs/realnvp.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W · S importance samples
     x (B, C, H, W) images in [-1, 1], or points (B, 2, 1, 1)
     y the logits of x, v the base variable (the paper's z), both shaped like x
-    z what goes into a coupling, z' what comes out: the x and y of Eqs. (4) to (9)
+    z the input of a coupling, z' its output: the x and y of Eqs. (4) to (9)
 """
 
 import argparse
@@ -50,11 +50,11 @@ from common import (
 
 # ---- The model -----------------------------------------------------------------------------------
 
-ALPHA = 0.05  # keeps the logit of black and white finite
+ALPHA = 0.05  # keeps the logits of black and white finite
 
 
 class RealNVP(nn.Module):
-    """p(x) for images of shape (C, H, W), H = W as `scales_for` allows; or for points (2, 1, 1)."""
+    """p(x) for images of shape (C, H, W), H = W as `scales_for` allows, or for points (2, 1, 1)."""
 
     def __init__(self, cfg, image_shape):
         super().__init__()
@@ -78,21 +78,22 @@ class RealNVP(nn.Module):
     def preprocess(self, x):
         """Dequantize, then take logits (section 4.1): y = logit(α + (1 - 2α)(x + u)/256).
 
-        Here x are pixel values 0 … 255 and u ~ U[0, 1). x (B, C, H, W) -> y, same shape and dtype,
-        and log |det ∂y/∂(x + u)|, (B,) in nats. Points stay what they are (zeros).
+        In the formula x is in pixel values 0 … 255, and u ~ U[0, 1). x (B, C, H, W) -> y, same
+        shape and dtype, and log |det ∂y/∂(x + u)|, (B,) in nats. Points are not changed, so their
+        log |det| is 0.
         """
         if self.plane:
             return x, x.new_zeros(len(x))
         # NOTE(paper): section 4.1 has α + (1 - α)·, whose logit is infinite at the upper end of
-        # white. As released here.
+        # white. This is the released form.
         r = ALPHA + (1 - 2 * ALPHA) * (to_uint8(x) + torch.rand_like(x)) / 256
         log_slope = math.log((1 - 2 * ALPHA) / 256) - r.log() - (1 - r).log()  # logit' = 1/(r(1-r))
         return torch.logit(r), log_slope.sum((1, 2, 3))
 
     def postprocess(self, y):
-        """The inverse: logits y -> x + u, in pixel values. Points stay what they are.
+        """The inverse: logits y -> x + u, in pixel values. Points are not changed.
 
-        Below 0 or above 256 for a y that no image has.
+        The result is below 0 or above 256 for a y that no image has.
         """
         if self.plane:
             return y
@@ -101,14 +102,14 @@ class RealNVP(nn.Module):
     def forward(self, x):
         """x -> v = f(x), same shape (Eq. (2)), and log |det ∂v/∂(x + u)|, (B,) in nats.
 
-        For images u is drawn anew each time.
+        For images, every call draws a new u.
         """
         y, log_det_logit = self.preprocess(x)
         v, log_det = self.flow(y)
         return v, log_det + log_det_logit
 
     def inverse(self, v):
-        """v -> x = f⁻¹(v), same shape, for images on the pixel grid."""
+        """v -> x = f⁻¹(v), same shape. Images are on the pixel grid."""
         x = self.postprocess(self.flow.inverse(v))
         if self.plane:
             return x
@@ -125,14 +126,14 @@ class RealNVP(nn.Module):
             base      -log N(v; 0, 1)
             volume    -log |det ∂v/∂(x + u)|
 
-        Exact for points. For images a one-sample estimate of E[-log p(x + u)] ≥ -log P(x), the
-        bound that is trained.
+        The sum is exact for points. For images it is a one-sample estimate of
+        E[-log p(x + u)] ≥ -log P(x), the bound that training minimises.
         """
         v, log_det = self(x)
         return self.costs(v, log_det)
 
     def log_prob(self, x):
-        """log p(x) of points; of images a one-sample estimate of its bound -> (B,) in nats."""
+        """log p(x) for points; for images a one-sample estimate of its bound -> (B,) in nats."""
         return -sum(self.terms(x).values())
 
     @torch.no_grad()
@@ -153,8 +154,8 @@ class RealNVP(nn.Module):
     def interpolate(self, x1, x2, count=8):
         """f⁻¹ of the arc cos φ·v1 + sin φ·v2, 0 ≤ φ ≤ π/2 (Eq. (19), for two images, not four).
 
-        Two (B, C, H, W) -> (B, count, C, H, W). If v1 and v2 are independent draws of N(0, 1), so
-        is every point of the arc; halfway on a straight line sd would be 1/√2.
+        Two (B, C, H, W) -> (B, count, C, H, W). If v1 and v2 are independent draws of N(0, 1), then
+        every point of the arc is such a draw, too. Halfway on a straight line the sd would be 1/√2.
         """
         v1, _ = self(x1)
         v2, _ = self(x2)
@@ -168,7 +169,7 @@ class RealNVP(nn.Module):
     def inverse_error(self, x):
         """|f⁻¹(f(x + u)) - (x + u)|, 0 but for rounding: (B, C, H, W) -> same, in pixel values.
 
-        Of points in units of the plane.
+        For points it is in units of the plane.
         """
         y, _ = self.preprocess(x)
         v, _ = self.flow(y)
@@ -182,9 +183,10 @@ class RealNVP(nn.Module):
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
 
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    Values pass where the mask is 1; the others become z·exp(s) + t. s and t see only values that
+    pass. So the Jacobian is triangular with log |det| = Σ s (their Eq. (6)), and the inverse can
+    compute s and t again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z|,
+    (B,) in nats.
     """
 
     def __init__(self, mask, channels, net):
@@ -194,7 +196,7 @@ class Coupling(nn.Module):
         self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two of its shape."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         moves = 1 - self.mask
         return self.s_limit * torch.tanh(s) * moves, t * moves
@@ -206,16 +208,15 @@ class Coupling(nn.Module):
 
     def inverse(self, z_next):
         """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        s, t = self.s_t(z_next)  # the same as from z: they see only unchanged values
         return (z_next - t) * torch.exp(-s)
 
 
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
 
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats. Determinants multiply, so
+    logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes a coupling's network.
     """
 
     def __init__(self, mask, count, channels, side, make_net):
@@ -241,11 +242,11 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale has 3
+    checkerboard couplings, then 3 channel-wise ones after squeezing 2x2 squares into
+    (4C, side/2, side/2). Half of the values are then finished, and `rest` continues with the other
+    half, (2C, side/2, side/2). The last scale has 4 checkerboard couplings. Finished values return
+    to their pixels, so v has z's shape. make_net(channels, side) makes the network of a coupling.
     """
 
     def __init__(self, channels, side, scales, make_net):
@@ -283,17 +284,18 @@ class Flow(nn.Module):
 # ---- Networks ------------------------------------------------------------------------------------
 
 # Changed from vae.py: residual networks
-WIDTHS = {  # residual blocks in s and t; their features, doubled as the side halves
-    "32": (8, 64),  # the paper's for CIFAR-10, here for all up to 32
+WIDTHS = {  # (residual blocks in s and t, their features, which double as the side halves)
+    "32": (8, 64),  # the paper's for CIFAR-10, here for all sizes up to 32
     "64": (2, 32),  # the paper's for 64x64
     "small": (1, 32),  # ours
 }
 
 
 def scales_for(size, small):
-    """Scales for images of `size` pixels; UserError if the size cannot be halved so often.
+    """Number of scales for images of `size` pixels. UserError if it cannot be halved so often.
 
-    2 up to 32 ("downscale only once") and if small, else as many as lead down to 4 … 7 pixels.
+    There are 2 scales up to size 32 ("downscale only once") and if `small`. Otherwise there are as
+    many as lead down to 4 … 7 pixels.
     """
     scales = 2
     if size > 32 and not small:
@@ -307,8 +309,9 @@ def scales_for(size, small):
 class ResNet(nn.Module):
     """s and t of a coupling (section 4.1): residual blocks, ReLU first, with skip connections.
 
-    A skip goes to the output from each block and from `enter`. (B, C, H, W) -> (B, 2C, H, W), 0 at
-    first. No batch norm: an image's likelihood is its own, see docs/realnvp.md.
+    Skips go from each block and from `enter` to the output. (B, C, H, W) -> (B, 2C, H, W), which
+    starts at 0. There is no batch norm, because the likelihood of an image must not depend on other
+    images: docs/realnvp.md.
     """
 
     def __init__(self, channels, hidden, blocks):
@@ -323,7 +326,7 @@ class ResNet(nn.Module):
         for _ in range(blocks + 1):
             self.skips.append(conv(hidden, hidden, 1, gain=(blocks + 1)**-0.5))
         self.leave = zeroed(nn.Conv2d(hidden, 2 * channels, 1))
-        # Adam moves each weight alike: with this s moves by as much as it would by 32 features.
+        # Adam moves every weight alike. With this factor s moves as much as with 32 features.
         self.slowed = 32 / hidden
 
     def forward(self, z):
@@ -336,7 +339,7 @@ class ResNet(nn.Module):
 
 
 def mlp(channels, side, hidden=64):
-    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), 0 at first.
+    """s and t in the plane, where any network will do: (B, 2, 1, 1) -> (B, 4, 1, 1), at first 0.
 
     Points have `channels` 2 and `side` 1.
     """
@@ -353,8 +356,8 @@ def mlp(channels, side, hidden=64):
 def conv(c_in, c_out, kernel=3, gain=1.0):
     """Convolution with w = g·v/‖v‖ (Salimans & Kingma 2016, Eq. (2)) that keeps height and width.
 
-    g starts at gain·√2, for the half of the mean square that a mask or a ReLU takes before it
-    (skips: after it; He et al. 2015).
+    g starts at gain·√2, because a mask or a ReLU before the conv halves the mean square (for skips,
+    one after it; He et al. 2015).
     """
     layer = weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
     g = layer.parametrizations.weight.original0
@@ -365,8 +368,8 @@ def conv(c_in, c_out, kernel=3, gain=1.0):
 def zeroed(layer):
     """The layer with weights and biases 0.
 
-    It has no weight norm, under which a step would lengthen a whole filter, and not each of its
-    weights, by the learning rate: too slow a way out of 0.
+    It does not have weight norm. With weight norm a step would lengthen a whole filter by the
+    learning rate, and not each of its weights, so weights would leave 0 too slowly.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -379,7 +382,7 @@ def zeroed(layer):
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -log p(x) in nats per image, averaged over the batch, plus l2.
 
-    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    Without a checkpoint a new run starts in `folder`. With one, the run in `folder` continues.
     """
     rank, world = processes()
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
@@ -401,7 +404,7 @@ def train(cfg, model, images, folder, checkpoint):
     f = parallel(cfg, model)
 
     rows = []  # the terms of the steps since the last progress line
-    saved = -math.inf  # when last.pt was
+    saved = -math.inf  # when last.pt was saved
     state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -415,8 +418,9 @@ def train(cfg, model, images, folder, checkpoint):
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100)  # as released
-        # NOTE(paper): a constant rate there. Without batch norm s must grow slowly at first; a
-        # falling rate averages noise out. The numbers are ours; a tenth is reached at step 100,000.
+        # NOTE(paper): the paper's rate is constant. Without batch norm s must grow slowly at first,
+        # and a falling rate averages out noise. The numbers are ours; a tenth of the rate is
+        # reached at step 100,000.
         warmth = min(step / 200, 1, max(math.sqrt(1000 / step), 0.1))
         cooling = min(1, (total + 1 - step) / (cfg.cooldown * total + 1))  # 1 without --cooldown
         optimizer.param_groups[0]["lr"] = cfg.lr * warmth * cooling
@@ -429,8 +433,8 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if validating:
                 validate(cfg, model, images, folder, optimizer, state)
-            # After the validation, to hold its score, and only where all steps so far are logged: a
-            # resumed run begins its next line with no rows.
+            # Saved after the validation, to include its score, and only when all steps so far are
+            # logged, because a resumed run begins its next line with no rows.
             if step == total or time.perf_counter() > saved + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
                 saved = time.perf_counter()
@@ -440,9 +444,10 @@ def train(cfg, model, images, folder, checkpoint):
 
 # Changed from vae.py: bounds over dequantization noise, the inverse; points: the density's integral
 def evaluate(cfg, model, images, folder, state):
-    """Evaluate the model on the test set: bits per dimension, or nats a point, in results.json.
+    """Evaluate the model on the test set: bits per dimension of images, or nats per point.
 
-    They are printed too. The figures are called test.png. `state` is that of the checkpoint.
+    They are printed and in results.json. The figures are called test.png. `state` is that of the
+    checkpoint.
     """
     dims = math.prod(images.shape)
     test = evaluation_batches(images.test, cfg.device, cfg.eval_images)
@@ -465,15 +470,15 @@ def evaluate(cfg, model, images, folder, state):
         if cfg.fid and not model.plane:
             results |= fid_of_samples(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
-        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
+        results |= cost_of(cfg, model, state)  # last: it draws as many samples as time allows
     write_results(folder, results)
 
 
 # Changed from vae.py: temperatures, arcs in v, errors of the inverse; the plane
 def save_figures(cfg, model, images, folder, split, step):
-    """Sheets, by folder; for points `save_plane` in samples/ alone.
+    """Sheets, by folder. For points there is only that of `save_plane`, in samples/.
 
-        samples/            draws at temperature 1, others at --temperature
+        samples/            draws at temperature 1, and others at --temperature
         reconstructions/    the split's first images, rows x, f⁻¹(f(x)); the title has the largest
                             `inverse_error` of these images
         interpolations/     from one image to another along an arc in v
@@ -504,9 +509,9 @@ def save_figures(cfg, model, images, folder, split, step):
 
 
 def density(model, reach, cells):
-    """p(x) at the centres of the cells x cells squares of [-reach, reach]² -> (cells, cells).
+    """p(x) at the centres of cells x cells squares that tile [-reach, reach]² -> (cells, cells).
 
-    x₁ runs down, x₂ along the rows.
+    x₁ grows downwards, and x₂ along the rows.
     """
     device = next(model.parameters()).device
     axis = reach * (2 * torch.arange(cells, device=device) + 1 - cells) / cells
@@ -517,14 +522,14 @@ def density(model, reach, cells):
 def save_plane(cfg, model, points, path):
     """Twelve panels: data; p(x); v ~ N(0, 1) and a grid, through f⁻¹ coupling by coupling; f(data).
 
-    A point keeps its colour, the angle of its v.
+    The colour of a point is the angle of its v in all panels.
     """
     figure = Figure(figsize=(12, 9), layout="constrained")
     data_panel, density_panel, *layer_panels, back_panel = figure.subplots(3, 4).flat
     x = next(iter(Batches(points, 3000, cfg.device, count=3000)))
     line = torch.linspace(-3, 3, 193, device=x.device)
-    upright = torch.cartesian_prod(line[::8], line)  # 25 lines of 193 points
-    grid = torch.cat([upright, upright.flip(1)]).view(-1, 2, 1, 1)  # mirrored: 25 level ones
+    upright = torch.cartesian_prod(line[::8], line)  # 25 vertical lines of 193 points
+    grid = torch.cat([upright, upright.flip(1)]).view(-1, 2, 1, 1)  # flipped: 25 horizontal lines
     v = torch.randn_like(x)
     angle = torch.atan2(v[:, 1], v[:, 0]).flatten().cpu().numpy()
 
@@ -548,7 +553,7 @@ def save_plane(cfg, model, points, path):
 
 
 def scatter(axes, title, reach, points, **colours):
-    """Points (B, 2, 1, 1) in [-reach, reach]²."""
+    """Draw points (B, 2, 1, 1) in [-reach, reach]²."""
     horizontal, vertical = points.flatten(1).T.cpu().numpy()
     axes.scatter(horizontal, vertical, s=1, linewidths=0, **colours)
     axes.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal",
@@ -556,19 +561,19 @@ def scatter(axes, title, reach, points, **colours):
 
 
 def draw_lines(axes, grid):
-    """50 grey lines of 193 points: grid (50·193, 2, 1, 1)."""
+    """Draw 50 grey lines of 193 points: grid (50·193, 2, 1, 1)."""
     horizontal, vertical = grid.view(50, 193, 2).permute(2, 1, 0).cpu().numpy()
     axes.plot(horizontal, vertical, color="0.8", linewidth=0.4, zorder=0)
 
 
 # ---- Copied from the other scripts ---------------------------------------------------------------
-# What follows is not new here.
+# Nothing below is new.
 
 # Copied from vae.py: validate
 def validate(cfg, model, images, folder, optimizer, state):
-    """The bound on validation images, figures, and best.pt where it is the best so far.
+    """Log the bound on validation images, draw figures; save best.pt if the bound is the best yet.
 
-    Process 0 does it while the others wait, and the clock of training stands still.
+    Process 0 does this while the others wait. The time does not count as training.
     """
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
@@ -583,14 +588,14 @@ def validate(cfg, model, images, folder, optimizer, state):
             state["best"] = bpd
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["clock"] = time.perf_counter()  # so that it does not count as training
+    state["clock"] = time.perf_counter()  # so that this time does not count as training
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
 # Copied from vae.py: flag
 def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    """A field of Config. A `fixed` one cannot change in a run; numbers are in [`low`, `high`]."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -616,28 +621,28 @@ class Config:
     data_dir: str = flag("data", "where datasets are kept")
     out_dir: str = flag("runs", "where runs are kept")
     name: str = flag(None, "the run's folder in --out_dir (default: script-dataset-variant-seed)")
-    size: int = flag(None, "side of the images, even; above 32 without --small 40, 48, 56, 64, "
-                     "80 … (default: the dataset's)", fixed=True)
+    size: int = flag(None, "side of the images: even, or above 32 without --small one of 40, 48, "
+                     "56, 64, 80 … (default: the dataset's)", fixed=True)
     small: bool = flag(False, "network narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(None, "passes over the training images (default 1000, points 20)")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step, all processes together (default 64, --small 16, "
+    batch_size: int = flag(None, "images per step, over all processes (default 64, --small 16, "
                            "points 512)", fixed=True)
     lr: float = flag(None, "Adam's learning rate (default 1e-3, points 3e-3): rises for 200 steps, "
-                     "from 1000 on falls, to a tenth", fixed=True, low=0)
-    cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
-                           "(default 0, --small on images 0.2)", fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+                     "falls from step 1000 on, to a tenth", fixed=True, low=0)
+    cooldown: float = flag(None, "share of the steps, at the end, over which the rate falls to "
+                           "zero (default 0, --small on images 0.2)", fixed=True, low=0, high=1)
+    seed: int = flag(0, "for initialisation, batches, noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first one available")
+    dtype: str = flag("auto", "networks' precision; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on and CPUs with AVX512-BF16, else fp32",
                       choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    resume: bool = flag(False, "continue the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder without training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    eval_images: int = flag(None, "images to evaluate (default all, --small 500)")
     iw_samples: int = flag(16, "S of the importance-weighted bound: S passes over the images")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(0.7, "figures: scale of v for a second sheet of samples", low=0)
@@ -653,21 +658,21 @@ class Config:
 
     @property
     def variant(self):
-        """The part of the run folder's name that tells of the model."""
+        """The part of the run folder's name that describes the model."""
         return "small" if self.small else "full"
 
     def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
+        """Raise UserError for flags that make no model, before anything is written."""
         if self.dataset not in POINTS:
             scales_for(self.size or 32, self.small)
 
 
 # --- same in every script -------------------------------------------------------------------------
-# Flags, the run's folder and its files, precision, main: nothing of the model.
+# Flags, the run's folder and its files, precision, main: nothing here depends on the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
+SAVE_SECONDS = 60  # at least, between saves of last.pt, which follow a progress line
+IMAGES_PER_SECOND = 10  # at the paper's size on two CPU cores, up to 64x64; measured: 4 to 42
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -680,8 +685,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
-    as it was there, and a `fixed` one cannot be typed with another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed
+    keeps its value from that run. A `fixed` flag cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            argument_default=argparse.SUPPRESS)  # what is not typed is left out
@@ -701,7 +706,7 @@ def parse_flags(argv=None, run=None):
             low, high = f.metadata["range"]
             if not low <= values[f.name] <= high:
                 raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
-        # A run may be older than a flag. Its device and --compile were those of its machine.
+        # A run may be older than a flag. Its --device and --compile were for its machine.
         if run and f.name in run and f.name not in ("device", "compile"):
             value = values.setdefault(f.name, run[f.name])
             if f.metadata["fixed"] and value != run[f.name]:
@@ -712,8 +717,8 @@ def parse_flags(argv=None, run=None):
 def start_run(cfg, folder, images):
     """Make the folder of a new run, with config.json -> the run's state.
 
-    "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. FileExistsError where another run has the folder.
+    "seconds" is the time that "step" steps took, "best" is the lowest validation score, and "data"
+    identifies the images. FileExistsError if another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
@@ -727,26 +732,26 @@ def start_run(cfg, folder, images):
 
 
 def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    """Load best.pt, if `best` and if it exists, else last.pt. UserError if it cannot be read."""
     path = folder / "last.pt"
     if best and (folder / "best.pt").exists():
         path = folder / "best.pt"
     if not path.exists():
-        raise UserError(f"there is no {path} to go on from or to evaluate")
+        raise UserError(f"there is no {path} to resume or evaluate")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except PermissionError:
         raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    except Exception:  # reading a broken file may raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     return checkpoint
 
 
 def load_weights(checkpoint, model):
-    """Load a checkpoint's parameters; UserError if they are another model's."""
+    """Load a checkpoint's parameters. UserError if they belong to another model."""
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -755,16 +760,16 @@ def load_weights(checkpoint, model):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
+    """Process 0 saves a checkpoint of tensors and plain types, if all parameters are finite.
 
-    It is written aside and renamed, so `path` is never half a file.
+    It is written under another name and then renamed, so `path` is never half a file.
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+        with open(aside, "wb") as file:  # so a full disk is an OSError, which main prints
             torch.save(checkpoint, file)
         os.replace(aside, path)
 
@@ -777,7 +782,7 @@ def autocast(cfg):
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
+    """Context without gradients. Weights are normalised once; noise depends on --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -795,7 +800,7 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
+    """Print model, images, device; at the paper's size on a CPU also how long training takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
           f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
@@ -825,7 +830,7 @@ def sheet_title(cfg, images, split, step):
 def main(Model, argv=None):
     """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
+    The code is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -849,8 +854,8 @@ def main(Model, argv=None):
             trained_on = checkpoint["state"].get("data", images.identity)
             if trained_on != images.identity:
                 raise UserError(f"this run's images were {trained_on}; now they are "
-                                f"{images.identity}, and it may have been trained on some of its "
-                                "test images: take another --name")
+                                f"{images.identity}, and the run may have been trained on some of "
+                                "these test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
@@ -862,7 +867,7 @@ def main(Model, argv=None):
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
+        barrier()  # until process 0 has evaluated: one that exits earlier could end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

@@ -1,9 +1,9 @@
 """Self-supervised VAE: a hierarchy over deterministic representations y of the image x.
 
-(Gatopoulos & Tomczak 2020, section 3.) y is what a fixed function d makes of x: a smaller copy, a
-sketch. The model learns to draw y, and then x given y.
+This is Gatopoulos & Tomczak 2020, section 3. A fixed function d makes y from x, such as a smaller
+copy or a sketch. The model learns to draw y, and then x given y.
 
-    representations    y_{K+1} = x, y_k = d(y_{k+1}) for k = K … 1, of 8 bits; --transform is d
+    representations    y_{K+1} = x, y_k = d(y_{k+1}) for k = K … 1, of 8 bits; d is --transform
     generative model   p(u) p(y_1|u) Π_k p(z_k|y_k, z_{k-1}) p(y_{k+1}|y_k, z_k),     z_0 = u
     inference model    q(u|y_1) Π_k q(z_k|y_{k+1}), diagonal Gaussians; y is computed, not inferred
     bound              log p(x) ≥ -E_q[re_x + Σ_k re_y_k + Σ_k kl_z_k + kl_u],     k = 1 … K
@@ -15,11 +15,11 @@ sketch. The model learns to draw y, and then x given y.
     python selfvae.py --dataset imagenette --levels 2        64 -> 32 -> 16, "3-level" in the paper
     python selfvae.py --dataset celeba --transform sketch    y a pencil sketch of x
 
-The last three have 3.65, 3.70 and 3.24 bits per dimension in the paper's Table 1; not run here.
+The last three were not run here; the paper's Table 1 has 3.65, 3.70 and 3.24 bits per dimension.
 
-Paper: arXiv:2010.02014. Its code was not released; "released" is that of srVAE, an earlier model by
-the same authors. Equations without a number in the paper have one of ours, its section and a
-letter, as in (3.2g): docs/equations.md.
+Paper: arXiv:2010.02014. Its code was not released. "Released" refers to the code of srVAE, an
+earlier model by the same authors. Equations without a number in the paper are named by section and
+letter, such as (3.2g): docs/equations.md.
 Derivation, logged terms, differences from the paper: docs/selfvae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W, `dims` in the code
@@ -61,9 +61,9 @@ from common import (
 class SelfVAE(nn.Module):
     """The factors of K = cfg.levels levels, for images of shape (C, H, W), H = W = 8 · 2ⁿ.
 
-    q_u, p_u and p_y are those of u and y_1. The lists q_z, p_z and p_x hold those of z_k, z_k and
-    y_{k+1} at index k - 1; `per_level` counts k. With K = 0 it is a VAE: x is y_1, and p_y decodes
-    it.
+    q_u, p_u and p_y are the factors of u and y_1. At index k - 1 the lists q_z and p_z have the
+    factors of z_k, and the list p_x has that of y_{k+1}; `per_level` counts k. With K = 0 the model
+    is a VAE: x is y_1, and p_y decodes it.
     """
 
     def __init__(self, cfg, image_shape):
@@ -73,7 +73,7 @@ class SelfVAE(nn.Module):
         self.y_names = {k: f"y_{k}" for k in range(1, self.K + 1)} | {self.K + 1: "x"}
         self.d, coarse, interval = transformation(cfg)
         halvings(image_shape[1])  # UserError for a size that is not 8 · 2ⁿ
-        y = self.representations(torch.zeros(1, *image_shape))  # of any image, for their shapes
+        y = self.representations(torch.zeros(1, *image_shape))  # any image will do for the shapes
         self.shapes = {k: y_k.shape[1:] for k, y_k in y.items()}  # (C_k, H_k, W_k)
         channels, side, _ = self.shapes[1]
         if self.K and cfg.transform == "grayscale" and image_shape[0] == 1:
@@ -115,9 +115,9 @@ class SelfVAE(nn.Module):
     def representations(self, x):
         """x -> {k: y_k}, k = 1 … K+1: the deterministic q(y_k|y_{k+1}) = δ(y_k = d(y_{k+1})).
 
-        Eq. (3.2f). Each value of y is one of 256, as in x, so every p(y|·) is a probability and no
-        density (section 3.2); with a density there would be no bound. log q(y|·) is 0, so the KL
-        of y in Eq. (1) is -log p(y|u). And q(z|x, y) is q(z|x), as y follows from x.
+        This is Eq. (3.2f). Each value of y is one of 256, as in x, so every p(y|·) is a probability
+        and not a density (section 3.2). With a density there would be no bound. log q(y|·) is 0, so
+        the KL of y in Eq. (1) is -log p(y|u). As y follows from x, q(z|x, y) is q(z|x).
         """
         y = {self.K + 1: x}
         for k in range(self.K, 0, -1):
@@ -127,15 +127,15 @@ class SelfVAE(nn.Module):
     def terms(self, x):
         """The bound's terms, all costs, (B,) in nats: Eqs. (2), (A.4e), for K levels Eq. (3.4a).
 
-            kl_u                  log q(u|y_1) - log p(u): of one sample, as p(u) may be a flow
+            kl_u                  log q(u|y_1) - log p(u) of one sample, as p(u) may be a flow
             re_y_1                -log p(y_1|u): the reconstruction error, signed as in Table 1
             kl_z_k, k = 1 … K     KL(q(z_k|y_{k+1}) ‖ p(z_k|y_k, z_{k-1})), in closed form
             re_y_{k+1}            -log p(y_{k+1}|y_k, z_k)
 
-        u and every z_k are one sample from q. y_{K+1} is x, whose error is named re_x. The bound is
-        minus their sum.
-        NOTE(paper): Eq. (3.4a) prints the sum of KL(z_k) from k = 2, and so loses KL(z_1), at K = 1
-        the KL_z of Eq. (2).
+        u and every z_k are one sample from q. y_{K+1} is x, and its error is named re_x. The bound
+        is minus the sum of all terms.
+        NOTE(paper): Eq. (3.4a) prints the sum of KL(z_k) from k = 2. This loses KL(z_1), which at
+        K = 1 is the KL_z of Eq. (2).
         """
         y = self.representations(x)
         q_u = self.q_u(y[1])
@@ -156,7 +156,7 @@ class SelfVAE(nn.Module):
     def elbo(self, x):
         """One-sample estimate of the bound on log p(x), Eq. (2) for any K.
 
-        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, by `terms`.
+        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, from `terms`.
         """
         return -sum(self.terms(x).values())
 
@@ -165,10 +165,11 @@ class SelfVAE(nn.Module):
         """log w_s = log p(x, y, z_s, u_s) - log q(z_s, u_s|x, y) -> (samples, B) in nats.
 
         x is (B, C, H, W); u_s and all z_s are one joint sample from q. E[log w] is the bound,
-        Eq. (2) for any K: at K = 1 Eqs. (A.4a), (A.4b) average its two parts, and Eqs. (1), (A.4c)
-        join them. log w is minus what it costs to send all variables.
-        NOTE(paper): as S grows, log 1/S Σ w tends to log p(x, y) at y = d(x), not to log p(x), the
-        sum over all y. Only with --exact, if d reaches all 256 values, has no other y this x.
+        Eq. (2) for any K. At K = 1 Eqs. (A.4a), (A.4b) average its two parts, and Eqs. (1), (A.4c)
+        join them. -log w is the cost of sending all variables.
+        NOTE(paper): as S grows, log 1/S Σ w tends to log p(x, y) at y = d(x), and not to log p(x),
+        the sum over all y. The two are equal only with --exact and a d that reaches all 256 values:
+        then no other y can give this x.
         """
         y = self.representations(x)
         known = {name: y[k] for k, name in self.y_names.items()}
@@ -185,13 +186,13 @@ class SelfVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, known, n, temperature=1.0, mean=False):
-        """What is `known` is taken, all else is drawn from p, from u to x (section 3.3).
+        """Keep the `known` variables and draw all others from p, from u to x (section 3.3).
 
-        `known` is {name: value}, by the names "u", "z_1", …, "y_1", …, "x". -> {name: value} of all
-        variables, n of each, y_k and x on the pixel grid; and {name: p}, the factor given what
-        comes before it: p.log_prob(value) is (n,) in nats. `temperature` scales the noise of u and
-        every z_k. With `mean` every y_k and x that is not known is the mean of its factor, and what
-        follows is conditioned on that.
+        `known` is {name: value}; names are "u", "z_1", …, "y_1", …, "x". -> {name: value} of all
+        variables, n of each, with y_k and x on the pixel grid; and {name: p}, each variable's
+        factor given the variables before it, where p.log_prob(value) is (n,) in nats. `temperature`
+        scales the noise of u and every z_k. With `mean` each unknown y_k and x is the mean of its
+        factor, and the variables after it are conditioned on that mean.
         """
         values = dict(known)
         factors = {"u": self.p_u}
@@ -221,16 +222,16 @@ class SelfVAE(nn.Module):
     def infer(self, x, sent):
         """What a receiver knows of x once the variables named in `sent` are sent.
 
-        Whoever has y_{k+1} computes y_k = d(y_{k+1}) and may draw z_k ~ q(z_k|y_{k+1}), u for
-        k = 0. A latent in `sent` is the sender's draw from the same q. -> {name: value} of all that
-        is known, by the names of `decode`; and {name: q}, the factors of its latents. ValueError
-        for other names.
+        A receiver that has y_{k+1} computes y_k = d(y_{k+1}) and may draw z_k ~ q(z_k|y_{k+1}), or
+        u for k = 0. A latent in `sent` is the sender's draw from the same q. -> {name: value} of
+        all known variables, with the names of `decode`; and {name: q}, the factors of the known
+        latents. ValueError for other names.
         """
         y = self.representations(x)
         unknown = set(sent) - {*self.latents, *self.y_names.values()}
         if unknown:
             raise ValueError(f"there is no {unknown.pop()} in a model of {self.K} levels")
-        encoders = [self.q_u, *self.q_z]  # item k is that of z_k
+        encoders = [self.q_u, *self.q_z]  # item k is the encoder of z_k
         known = {}
         factors = {}
         has_y = False  # whether the receiver has y_{k+1}
@@ -249,11 +250,11 @@ class SelfVAE(nn.Module):
     def operations(self):
         """Figure 3: {operation: what is sent of x}. The receiver infers or draws all else.
 
-        NOTE(paper): section 3.3 swaps the formulas of the two conditional ones ("former",
-        "latter"): conditional generation draws z_K from p, conditional reconstruction infers it.
+        NOTE(paper): section 3.3 swaps the formulas of the two conditional operations ("former",
+        "latter"). Conditional generation draws z_K from p; conditional reconstruction infers it.
         """
         K = self.K
-        if K == 0:  # those of a VAE, whose z is u
+        if K == 0:  # the operations of a VAE, whose z is u
             return {"generate": [], "conditional_reconstruct": ["u"]}
         return {
             "generate": [],  # Eq. (3.3c)
@@ -264,7 +265,7 @@ class SelfVAE(nn.Module):
         }
 
     def sample(self, n, temperature=1.0, mean=False, known=None):
-        """Generation, Eq. (3.3c), or x given what is `known` -> (n, C, H, W); see `decode`."""
+        """Generation, Eq. (3.3c), or x given the `known` -> (n, C, H, W); see `decode`."""
         values, _ = self.decode(known or {}, n, temperature, mean)
         return values["x"]
 
@@ -277,7 +278,7 @@ class SelfVAE(nn.Module):
     def interpolate(self, x1, x2, count=8, mean=False, base=False):
         """Images along a straight line in u between the means of q(u|y_1) of x1 and of x2.
 
-        With `base` the line is straight in v, where u = f(v): for a flow prior only. Every z_k is
+        With `base` the line is straight in v, where u = f(v); this needs a flow prior. Every z_k is
         the mean of p(z_k|·). With `mean` all y_k and x are means too, so that only u differs along
         a line. Two (B, C, H, W) -> (B, count, C, H, W), Figures 10 B, 13 (i).
         """
@@ -297,8 +298,8 @@ class SelfVAE(nn.Module):
     def vary(self, x, redrawn, n=7, temperature=1.0, mean=False):
         """n images that share the latents of x, except `redrawn`, a list of "u" and "z_k".
 
-        (B, C, H, W) -> (B, n, C, H, W), Figure 13 (ii). What is shared is one sample from q for all
-        n; every y_k and x̂ is drawn anew.
+        (B, C, H, W) -> (B, n, C, H, W), Figure 13 (ii). The shared latents are one sample from q
+        for all n images. Every y_k and x̂ is drawn anew.
         """
         known, _ = self.infer(x, [name for name in self.latents if name not in redrawn])
         known = {name: value.repeat_interleave(n, 0) for name, value in known.items()}
@@ -309,8 +310,8 @@ class SelfVAE(nn.Module):
 def code_length(known, q, p):
     """What the `known` variables cost under the model: three dicts by name -> (B,) in nats.
 
-    -log p of every y and, by relative entropy coding with noise that both sides share,
-    log q - log p of every latent, where p is given what the receiver has: sent, inferred or drawn.
+    A y costs -log p. A latent costs log q - log p, by relative entropy coding with noise that both
+    sides share. Each p is conditioned on what the receiver has, be it sent, inferred or drawn.
     """
     nats = torch.zeros(())  # a scalar, if nothing is known
     for name, value in known.items():
@@ -321,13 +322,13 @@ def code_length(known, q, p):
 
 
 # ---- Special to this model -----------------------------------------------------------------------
-# First the transformation d: integers 0 … 255 (B, C, H, W) -> integers 0 … 255 (B, C_y, h, w), so
-# exact on every device.
+# First the transformation d: integers 0 … 255 (B, C, H, W) -> integers 0 … 255 (B, C_y, h, w).
+# Integers make it exact on every device.
 
 def downscale(x):
-    """The mean of each 2x2 block, half rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
+    """The mean of each 2x2 block, halves rounded up: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    NOTE(paper): "downscaling" is not specified; the released code takes PIL's antialiased bilinear
+    NOTE(paper): "downscaling" is not specified. The released code uses PIL's antialiased bilinear
     filter, on the CPU.
     """
     top = x[..., ::2, ::2] + x[..., ::2, 1::2]
@@ -336,7 +337,7 @@ def downscale(x):
 
 
 def grayscale(x):
-    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), half rounded up; grey x -> itself.
+    """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), halves rounded up; grey x -> itself.
 
     (B, 3, H, W) -> (B, 1, H, W).
     """
@@ -346,7 +347,7 @@ def grayscale(x):
 
 
 def shifted(x, dim, offset):
-    """Pixel i is pixel i + offset of x along `dim`; beyond the edge, the edge pixel."""
+    """Pixel i becomes pixel i + offset of x along `dim`, or the edge pixel beyond the edge."""
     size = x.shape[dim]
     index = torch.arange(size, device=x.device) + offset
     return x.index_select(dim, index.clamp(0, size - 1))
@@ -355,11 +356,11 @@ def shifted(x, dim, offset):
 def sketch(x):
     """Pencil sketch by colour dodge (A.6): grayscale divided by its blur, so flat areas are white.
 
-    dodge(a, b) = 255 a / (255 - b), b the blurred inverse of a. The blur's binomial weights are a
-    Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
-    NOTE(paper): no kernel is given, and the edge-preserving filter that is cited is another
-    algorithm. Here a and 255 - b are one larger than in the formula, so that black areas, where
-    it has 0 / 0, turn white like all flat ones.
+    dodge(a, b) = 255 a / (255 - b), where b is the blurred inverse of a. The blur's binomial
+    weights are a Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
+    NOTE(paper): the paper gives no kernel, and the edge-preserving filter that it cites is another
+    algorithm. In black areas the formula is 0 / 0. Here a and 255 - b are one larger than in the
+    formula, so black areas turn white like all flat areas.
     """
     a = grayscale(x)
     b = 255 - a
@@ -375,9 +376,10 @@ def sketch(x):
 def edges(x):
     """Length of (a_{i+1} - a_{i-1}, a_{j+1} - a_{j-1}) of the grayscale a, rounded, at most 255.
 
-    -> (B, 1, H, W). Ours: the paper's "edge detection" is its sketch. The length is the one float
-    here, and rounds alike on every device: (m + ½)² = m² + m + ¼ is no integer, and the root of an
-    integer below 256² is at least 4e-4 away from m + ½.
+    (B, C, H, W) -> (B, 1, H, W). This one is ours: the paper's "edge detection" is its sketch. The
+    length is the only float here, and it rounds the same way on every device: (m + ½)² =
+    m² + m + ¼ is not an integer, and the root of an integer below 256² is at least 4e-4 away from
+    m + ½.
     """
     a = grayscale(x)
     across = shifted(a, 3, 1) - shifted(a, 3, -1)
@@ -391,7 +393,7 @@ def posterize(x):
     return x // 64 * 85
 
 
-# --transform: d, the most --levels that make sense, whether y is a coarse x.
+# {--transform: (d, the largest sensible --levels, whether y is a coarse x)}
 TRANSFORMS = {
     "downscale": (downscale, math.inf, True),
     "sketch": (sketch, 1, False),
@@ -404,7 +406,7 @@ TRANSFORMS = {
 def transformation(cfg):
     """--transform -> d, whether y is a coarse x, and with --exact its function of INTERVALS.
 
-    UserError if d cannot be applied --levels times, or if --exact is not for it.
+    UserError if d cannot be applied --levels times, or if --exact does not support it.
     """
     d, most_levels, coarse = TRANSFORMS[cfg.transform]
     interval = INTERVALS.get(cfg.transform) if cfg.exact else None
@@ -441,10 +443,10 @@ class ConditionalPrior(nn.Module):
 class ConditionalDecoder(nn.Module):
     """p(y_{k+1}|y_k, z_k), a Dmol: y_k (B, *y_shape), z_k (B, 16, 8, 8), y_{k+1} (B, *next_shape).
 
-    With an `interval`, one of INTERVALS, values are restricted to what y_k leaves possible.
-    NOTE(paper): if y_k is `coarse`, the mixture is one of y_{k+1} - upsample(y_k). The paper names
-    no such shift, and the released code has none, so its network must first learn to copy its
-    input. The number of parameters is the same.
+    With an `interval`, one of INTERVALS, values are restricted to those that y_k leaves possible.
+    NOTE(paper): if y_k is `coarse`, the mixture models y_{k+1} - upsample(y_k). The paper mentions
+    no such shift. The released code has none, so its network must first learn to copy its input.
+    The number of parameters is the same.
     """
 
     def __init__(self, y_shape, next_shape, coarse, interval, width):
@@ -459,24 +461,25 @@ class ConditionalDecoder(nn.Module):
     def forward(self, y, z):
         enlarged_y = F.interpolate(y, size=(self.side, self.side), mode="bilinear")
         params = self.joint(torch.cat([self.from_z(z), enlarged_y], 1))
-        shift = enlarged_y if self.coarse else None  # a grey y is that of all channels
+        shift = enlarged_y if self.coarse else None  # a grey y is the shift of all channels
         interval = None
         if self.interval:
             interval = partial(self.interval, to_uint8(y).int(), [])
         return Dmol(params, self.c_out, shift, interval)
 
 
-# NOTE(paper): --exact is ours. In the paper pixels are independent given y_k and z_k, and most
-# images that are drawn have another d than y_k. So the bound pays for y_k twice, in its own term
-# and in that of y_{k+1}. With --exact only a y_{k+1} whose d is y_k has a probability.
+# NOTE(paper): --exact is ours. In the paper pixels are independent given y_k and z_k, and for most
+# drawn images d is not y_k. So the bound pays for y_k twice, in the term of y_k and in that of
+# y_{k+1}. With --exact only a y_{k+1} whose d is y_k has a probability above 0.
 #
-# What y = d(x) leaves possible: the lowest and the highest value of each channel of one pixel. All
-# are pixel values, int: y (B, C_y, h, w); `pixels`, those of the same block that are drawn before;
-# `this` (B, C, h, w), the pixel itself, of which only the channels before are read, or None.
+# The functions below return what y = d(x) leaves possible for one pixel: the lowest and the highest
+# value of each channel. All arguments are int pixel values: y (B, C_y, h, w); `pixels`, those of
+# the same block that are drawn before; `this` (B, C, h, w), the pixel itself, or None. A channel's
+# limits depend only on the channels of `this` before it.
 
 def downscale_interval(y, pixels, this):
-    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; those to come are 0 … 255."""
-    rest = 4 * y - sum(pixels)  # for this value and those to come
+    """4y - 2 ≤ Σ x ≤ 4y + 1 over the four values of a block; values to come are 0 … 255."""
+    rest = 4 * y - sum(pixels)  # left for this value and those to come
     most_later = 255 * (3 - len(pixels))
     low = rest - (2 + most_later)
     high = rest + 1
@@ -504,9 +507,9 @@ INTERVALS = {"downscale": downscale_interval, "grayscale": grayscale_interval,
 
 
 class InTurnDecoder(nn.Module):
-    """p(y_{k+1}|y_k, z_k) where y_k has half the side, an InTurn: pixels of 2x2 blocks in turn.
+    """p(y_{k+1}|y_k, z_k) if y_k has half the side, an InTurn: the pixels of 2x2 blocks in turn.
 
-    y_k is (B, *y_shape), z_k (B, 16, 8, 8). All its networks compute at the side of y_k.
+    y_k is (B, *y_shape), z_k (B, 16, 8, 8). All networks here compute at the side of y_k.
     """
 
     def __init__(self, y_shape, interval, width):
@@ -516,7 +519,7 @@ class InTurnDecoder(nn.Module):
         self.from_z = Decoder(side, *width["p_x_from_z"], width["z_channels"], sd=1.0)
         self.turns = nn.ModuleList()
         for drawn in range(3):
-            # Features of z, y, four offsets, the errors of the pixels that are drawn.
+            # Inputs are features of z, y, four offsets, and the errors of the pixels drawn so far.
             c_in = width["z_channels"] + (5 + drawn) * channels
             self.turns.append(dense_blocks(c_in, *width["turn"], dmol_channels(channels), sd=0.1))
 
@@ -528,9 +531,9 @@ class InTurn:
     """A distribution over the images x with d(x) = y.
 
     The four pixels of a 2x2 block are drawn one after the other, each for all blocks at once:
-    p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three are Dmols, restricted to what y
-    and the pixels before leave possible. That leaves the fourth at most four values, which are
-    equally probable.
+    p(x|y, z) = Π_i p(x_i | y, z, x_1 … x_{i-1}). The first three factors are Dmols, restricted to
+    what y and the pixels before leave possible. The fourth pixel then has at most four possible
+    values, which are equally probable.
     """
 
     def __init__(self, y, features, turns, interval):
@@ -539,17 +542,17 @@ class InTurn:
         self.features = features  # of z, (B, z_channels, h, w)
         self.turns = turns  # the networks
         self.interval = interval
-        # A guess of x: y enlarged, then moved by a constant in each block, so that its mean is y.
+        # A guess of x: the enlarged y, shifted by a constant in each block so that its mean is y.
         guess = F.interpolate(y, scale_factor=2, mode="bilinear")
         guess = guess + F.interpolate(y - F.avg_pool2d(guess, 2), scale_factor=2)
         self.guess = pixels_of_blocks(guess)
-        # Differences are about a quarter as large as y: times four, all inputs are of one scale.
+        # Differences are about a quarter as large as y, so times four all inputs have one scale.
         self.offsets = [4 * (pixel - y) for pixel in self.guess]
 
     def given(self, pixels):
         """p(x_i | y, z, x_1 … x_{i-1}): the factor of the pixel that comes after i - 1 `pixels`.
 
-        They are (B, C, h, w) each.
+        Each of these is (B, C, h, w).
         """
         to_come = 4 - len(pixels)
         before = [to_uint8(pixel).int() for pixel in pixels]
@@ -557,17 +560,18 @@ class InTurn:
         if to_come == 1:
             return Uniform(*interval(None))
         errors = [pixel - guess for pixel, guess in zip(pixels, self.guess)]
-        # What the pixels before have above their guess is taken off those to come, in equal parts.
+        # The sum by which the pixels before exceed their guesses is subtracted from those to come,
+        # in equal parts.
         shift = self.guess[len(pixels)] - sum(errors) / to_come
         errors = [4 * error for error in errors]
         inputs = torch.cat([self.features, self.y, *self.offsets, *errors], 1)
-        # Always in one memory layout: it decides how a convolution rounds, and `sample` and
-        # `log_prob` must agree.
+        # The memory layout decides how a convolution rounds. It is always the same, because
+        # `sample` and `log_prob` must agree.
         params = self.turns[len(pixels)](inputs.contiguous(memory_format=torch.channels_last))
         return Dmol(params, self.y.shape[1], shift, interval)
 
     def log_prob(self, x):
-        """log p(x) in nats: (B, C, 2h, 2w) -> (B,), -inf where d(x) is not y."""
+        """log p(x) in nats: (B, C, 2h, 2w) -> (B,), -inf if d(x) is not y."""
         pixels = pixels_of_blocks(x)
         log_p = 0.0
         for i in range(4):
@@ -583,8 +587,7 @@ class InTurn:
 
     @property
     def mean(self):
-        """Each pixel the mean of its factor given the means before; d of it is y -> (B, C, 2h, 2w).
-        """
+        """Each pixel is its factor's mean given the means before; d gives y -> (B, C, 2h, 2w)."""
         pixels = []
         for _ in range(4):
             pixels.append(self.given(pixels).mean)
@@ -599,7 +602,7 @@ class Uniform:
         self.high = high
 
     def log_prob(self, x):
-        """log p(x) in nats, (B,); -inf where a value is not among them."""
+        """log p(x) in nats, (B,); -inf if a value is outside its range."""
         value = to_uint8(x).int()
         possible = (self.low <= value) & (value <= self.high)
         log_p = -torch.log((self.high - self.low + 1).float())
@@ -618,12 +621,12 @@ class Uniform:
 
 
 def pixels_of_blocks(x):
-    """The pixels of all 2x2 blocks, row by row: (B, C, 2h, 2w) -> 4 of (B, C, h, w)."""
+    """The pixels of all 2x2 blocks, row by row: (B, C, 2h, 2w) -> 4 tensors (B, C, h, w)."""
     return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).unbind(2)
 
 
 def image_of_pixels(pixels):
-    """The inverse: 4 of (B, C, h, w) -> (B, C, 2h, 2w)."""
+    """The inverse: 4 tensors (B, C, h, w) -> (B, C, 2h, 2w)."""
     return F.pixel_shuffle(torch.stack(pixels, 2).flatten(1, 2), 2)
 
 
@@ -632,8 +635,8 @@ def image_of_pixels(pixels):
 # Changed from vae.py: every factor has its own
 #
 # (growth, layers) of the dense blocks of each factor. p_z and p_x have one pair for the branch that
-# reads y or z alone, and one for their other networks. z_channels is how many channels z becomes
-# in p_x. turn is for each of the three networks that --exact has in place of p_x's joint one.
+# reads y or z alone, and one for their other networks. z_channels is the number of channels that z
+# becomes in p_x. turn is for each of the three networks that replace p_x's joint one with --exact.
 WIDTHS = {
     "vae-32": dict(q_u=(64, 8), p_y=(128, 6), flow=(64, 5)),  # K = 0, as in vae.py
     "vae-64": dict(q_u=(64, 6), p_y=(128, 5), flow=(64, 5)),
@@ -641,14 +644,14 @@ WIDTHS = {
     "released": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 4),
                      p_z_from_y=(64, 5), p_z=(64, 3),
                      p_x_from_z=(64, 8), z_channels=100, p_x=(64, 5), turn=(48, 4)),
-    # Ours, with the paper's 32 to 42 M parameters for K ≤ 2 and x up to 64x64.
+    # Ours, with 32 to 42 M parameters as in the paper, for K ≤ 2 and x up to 64x64.
     "deeper": dict(q_u=(128, 3), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
                    p_z_from_y=(48, 4), p_z=(48, 3),
                    p_x_from_z=(64, 6), z_channels=100, p_x=(16, 4), turn=(24, 3)),
     "full-size y": dict(q_u=(64, 6), p_y=(128, 4), flow=(64, 5), q_z=(64, 3),
                         p_z_from_y=(32, 3), p_z=(48, 3),
                         p_x_from_z=(64, 6), z_channels=100, p_x=(16, 4)),
-    # On a CPU one wide layer trains faster than several narrow ones: chosen on validation images.
+    # Chosen on validation images: on a CPU one wide layer trains faster than several narrow ones.
     "small": dict(q_u=(32, 1), p_y=(64, 1), flow=(8, 1), q_z=(16, 1),
                   p_z_from_y=(16, 1), p_z=(8, 1),
                   p_x_from_z=(16, 1), z_channels=8, p_x=(8, 2), turn=(32, 1)),
@@ -667,7 +670,7 @@ def widths(cfg, size, y_size):
 
 
 def dense_blocks(channels, growth, layers, c_out, sd=1.0):
-    """Three dense blocks, all of the same growth whatever the side, then a 1x1 conv.
+    """Three dense blocks, all of the same growth at any side, then a 1x1 conv.
 
     (B, channels, H, W) -> (B, c_out, H, W).
     """
@@ -707,12 +710,12 @@ def evaluate(cfg, model, images, folder, state):
         table = rates(cfg, model, iw_test, dims)
         if model.K and cfg.transform == "downscale":
             results["bicubic_psnr"] = bicubic_psnr(model, iw_test)
-        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
+        results |= cost_of(cfg, model, state)  # last: it draws as many samples as time allows
     write_results(folder, results, table)
 
 
 def rates(cfg, model, batches, dims):
-    """What each operation sends, and how near it comes (Figures 6, 12, 14).
+    """What each operation sends, and how close its result is to x (Figures 6, 12, 14).
 
     -> {operation: {column of `rate`: mean over the images}}.
     """
@@ -720,7 +723,7 @@ def rates(cfg, model, batches, dims):
     for operation, sent in model.operations.items():
         rows = []
         for i, x in enumerate(progress(operation, batches, batches.count)):
-            seed_noise(cfg.seed, i)  # the same for every operation
+            seed_noise(cfg.seed, i)  # the same noise for every operation
             rows.append(rate(model, x, sent, dims))
         table[operation] = {}
         for column in rows[0]:
@@ -730,15 +733,15 @@ def rates(cfg, model, batches, dims):
 
 
 def rate(model, x, sent, dims):
-    """What it costs to send `sent` of x, and how near the receiver comes -> {column: (B,)}.
+    """What it costs to send `sent` of x, and how close the receiver's x̂ is -> {column: (B,)}.
 
         percent      number of values sent, in percent of D: the paper's measure
-        raw_bpd      bits per dimension of x at 8 bits a value
+        raw_bpd      bits per dimension of x at 8 bits per value
         ideal_bpd    `code_length` of all that the receiver then knows, in bits per dimension of x.
-                     At K = 1 that of conditional_generate is one sample of minus the bound on
-                     log p(y), Eq. (A.4d)
-        psnr         of x̂, a sample, in dB; for generate, which sends nothing, a floor
-        psnr_mean    with the means of p(y|·) and p(x|·), unknown latents drawn anew
+                     At K = 1 conditional_generate has one sample of minus the bound on log p(y),
+                     Eq. (A.4d)
+        psnr         PSNR in dB of x̂, a sample. generate sends nothing, so its PSNR is a floor
+        psnr_mean    the same for the means of p(y|·) and p(x|·), unknown latents drawn anew
     """
     known, q = model.infer(x, sent)
     values, p = model.decode(known, len(x))
@@ -764,12 +767,12 @@ def bicubic_psnr(model, batches):
 
 
 def bicubic(y, x):
-    """y at the size of x, on the pixel grid: what conditional_generate is held against."""
+    """y at the size of x, on the pixel grid: the baseline for conditional_generate."""
     return quantize(F.interpolate(y, size=x.shape[2:], mode="bicubic"))
 
 
 def enlarged(y, x):
-    """y as it is, its pixels enlarged and its channels repeated to the shape of x: for figures."""
+    """y for figures: its pixels enlarged and its channels repeated to the shape of x."""
     return F.interpolate(y, size=x.shape[2:]).expand(-1, x.shape[1], -1, -1)
 
 
@@ -816,19 +819,19 @@ def save_figures(cfg, model, images, folder, split, step):
 
 
 def how_drawn(cfg, model):
-    """What a sheet shows of p(y|·) and p(x|·)."""
+    """Whether a sheet shows draws or means of p(y|·) and p(x|·), as text."""
     shown = "means" if cfg.mean else "draws"
     return f"{shown} of p(y|·) and p(x|·)" if model.K else f"{shown} of p(x|u)"
 
 
 def save_latent_space(cfg, model, images, folder, step):
-    """Sheets of u and z_k (Figures 10 B, 13), of eight test images.
+    """Sheets of u and z_k (Figures 10 B, 13), for eight test images.
 
-        interpolations/    rows, each from one image to another along a straight line in u; for a
-                           flow prior the same in v
-        variations/        rows, each an image and 7 that share a u ~ q(u|y_1) with it, every y
-                           drawn anew. In one set of rows all z_k are drawn anew, too; for K > 1
-                           there is a set for each k, in which only z_k is drawn anew
+        interpolations/    each row leads from one image to another along a straight line in u; with
+                           a flow prior there is also a sheet with lines in v
+        variations/        each row is an image and 7 others that share its u ~ q(u|y_1). Every y is
+                           drawn anew. In one set of rows all z_k are drawn anew, too. For K > 1
+                           there is also a set for each k, in which only z_k is drawn anew
     """
     x = next(iter(Batches(images.test, 8, cfg.device, count=8)))
     title = f"{sheet_title(cfg, images, 'test', step)}\n{how_drawn(cfg, model)}"
@@ -855,10 +858,10 @@ def save_latent_space(cfg, model, images, folder, step):
 
 
 # ---- Copied from the other scripts ---------------------------------------------------------------
-# What follows is not new here: networks and blocks, p(u), where u is written z, training.
+# Nothing below is new: networks and blocks; p(u), where u is called z; training.
 
 # Copied from vae.py: LATENT
-LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+LATENT = (16, 8, 8)  # channels, height, width of z for images of any size (section 4.1)
 
 
 # Copied from vae.py: halvings
@@ -872,9 +875,9 @@ def halvings(size):
 
 # Copied from vae.py: Encoder
 class Encoder(nn.Sequential):
-    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
+    """Dense blocks, with stride-2 convs between them that double the channels, then a 1x1 conv.
 
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`. With
     0.1, q(z|x) starts near N(0, 1).
     """
 
@@ -892,7 +895,7 @@ class Encoder(nn.Sequential):
 
 # Copied from vae.py: Decoder
 class Decoder(nn.Sequential):
-    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
+    """Dense blocks, each followed by a transposed conv that halves the channels, then a conv.
 
     (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
     """
@@ -920,8 +923,7 @@ class GaussianEncoder(Encoder):
 
 # Copied from vae.py: MixtureDecoder
 class MixtureDecoder(Decoder):
-    """A Dmol over images of `channels` channels, given a latent: (B, 16, 8, 8) -> a distribution.
-    """
+    """A Dmol over images of `channels` channels, given latents (B, 16, 8, 8) -> a distribution."""
 
     def __init__(self, channels, size, growth, layers):
         super().__init__(size, growth, layers, dmol_channels(channels), sd=0.1)
@@ -953,11 +955,11 @@ def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
         layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
     else:
         layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
-    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
+    # Entries of v start with a fixed sd, as released. PyTorch's sd shrinks with fan-in, and Adamax
+    # moves each entry by about its learning rate, so w would turn too far. (This v is not noise.)
     nn.init.normal_(layer.weight, std=0.05)
     layer.initial_sd = sd
-    # One g for each output channel: dimension 1 of a transposed weight.
+    # One g per output channel, which is dimension 1 of a transposed weight.
     return weight_norm(layer, dim=1 if transposed else 0)
 
 
@@ -966,15 +968,15 @@ def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
 def data_dependent_init(model, forward):
     """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
 
-    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
-    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
-    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
+    `forward()` pushes one batch through `model`. Each layer is set when the batch reaches it, so
+    its inputs come from layers that are already set. Only g and b change, so checkpoints hold the
+    result. Convs on pooled 1x1 maps keep their defaults: one value per image is too few to measure.
     """
     def normalise(layer, inputs, output):
         if output.shape[2:] == (1, 1):
             return output
         sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
-        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
+        # A channel that does not vary, as with black images, gives no scale, so g is kept.
         ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
         g = layer.parametrizations.weight.original0
         g.mul_(ratio.view_as(g))
@@ -990,7 +992,7 @@ def data_dependent_init(model, forward):
 
 # Copied from vae.py: ChannelAttention
 class ChannelAttention(nn.Module):
-    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
+    """Multiplies each channel by a gate in (0, 1), from all channels' means (Zhang et al. 2018).
 
     (B, C, H, W) -> same.
     """
@@ -1016,9 +1018,9 @@ class DenseBlock(nn.Module):
     def __init__(self, channels, growth, layers):
         super().__init__()
         # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
-        # released code neither has: after each layer one ELU is applied to all channels so far, to
-        # early ones again and again. The parameters are the same, the memory traffic is half.
-        # ELU can work in place, since its gradient can be computed from its output.
+        # released code neither has one. Instead, an ELU is applied to all channels so far after
+        # each layer, to early ones again and again. Our parameters are the same, and the memory
+        # traffic is half. ELU can work in place, since its gradient follows from its output.
         self.layers = nn.ModuleList()
         for _ in range(layers):
             self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
@@ -1048,10 +1050,10 @@ class NormalPrior(nn.Module):
 
 # Copied from vae.py: RealNVPPrior
 class RealNVPPrior(nn.Module):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, where v = flow(z) is a RealNVP (Eq. (2.2a)).
 
-    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
-    half of it, (32, 4, 4).
+    `flow` is the paper's f⁻¹, and `flow.inverse` is its f. There are two scales, as released: the
+    first has all of z, (16, 8, 8), the second has half of it, (32, 4, 4).
     """
 
     def __init__(self, growth, layers):
@@ -1076,9 +1078,10 @@ class RealNVPPrior(nn.Module):
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
 
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    Values pass where the mask is 1; the others become z·exp(s) + t. s and t see only values that
+    pass. So the Jacobian is triangular with log |det| = Σ s (their Eq. (6)), and the inverse can
+    compute s and t again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z|,
+    (B,) in nats.
     """
 
     def __init__(self, mask, channels, net):
@@ -1088,7 +1091,7 @@ class Coupling(nn.Module):
         self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two of its shape."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         moves = 1 - self.mask
         return self.s_limit * torch.tanh(s) * moves, t * moves
@@ -1100,7 +1103,7 @@ class Coupling(nn.Module):
 
     def inverse(self, z_next):
         """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        s, t = self.s_t(z_next)  # the same as from z: they see only unchanged values
         return (z_next - t) * torch.exp(-s)
 
 
@@ -1108,9 +1111,8 @@ class Coupling(nn.Module):
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
 
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats. Determinants multiply, so
+    logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes a coupling's network.
     """
 
     def __init__(self, mask, count, channels, side, make_net):
@@ -1137,11 +1139,11 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale has 3
+    checkerboard couplings, then 3 channel-wise ones after squeezing 2x2 squares into
+    (4C, side/2, side/2). Half of the values are then finished, and `rest` continues with the other
+    half, (2C, side/2, side/2). The last scale has 4 checkerboard couplings. Finished values return
+    to their pixels, so v has z's shape. make_net(channels, side) makes the network of a coupling.
     """
 
     def __init__(self, channels, side, scales, make_net):
@@ -1180,15 +1182,16 @@ class Flow(nn.Module):
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -ELBO in nats per image, averaged over the batch.
 
-    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    Without a checkpoint a new run starts in `folder`. With one, the run in `folder` continues.
     """
     rank, world = processes()
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    # Adamax divides by the largest gradient so far, which fades by β₂ a step. The first ones are
-    # large: with 0.999, the default as released, they slow the first thousand steps down.
+    # Adamax divides by the largest gradient so far, which decays by β₂ per step. The first
+    # gradients are large. With 0.999, the default as released, they slow down the first thousand
+    # steps.
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-7,
                                    foreach=True)  # all parameters in a few calls
     if checkpoint is None:
@@ -1202,7 +1205,7 @@ def train(cfg, model, images, folder, checkpoint):
     costs = parallel(cfg, model)  # model.terms, for training
 
     rows = []  # the terms of the steps since the last progress line
-    saved = -math.inf  # when last.pt was
+    saved = -math.inf  # when last.pt was saved
     state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -1230,8 +1233,8 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if validating:
                 validate(cfg, model, images, folder, optimizer, state)
-            # After the validation, to hold its score, and only where all steps so far are logged: a
-            # resumed run begins its next line with no rows.
+            # Saved after the validation, to include its score, and only when all steps so far are
+            # logged, because a resumed run begins its next line with no rows.
             if step == total or time.perf_counter() > saved + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
                 saved = time.perf_counter()
@@ -1239,9 +1242,9 @@ def train(cfg, model, images, folder, checkpoint):
 
 # Copied from vae.py: validate
 def validate(cfg, model, images, folder, optimizer, state):
-    """The bound on validation images, figures, and best.pt where it is the best so far.
+    """Log the bound on validation images, draw figures; save best.pt if the bound is the best yet.
 
-    Process 0 does it while the others wait, and the clock of training stands still.
+    Process 0 does this while the others wait. The time does not count as training.
     """
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
@@ -1256,12 +1259,12 @@ def validate(cfg, model, images, folder, optimizer, state):
             state["best"] = bpd
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["clock"] = time.perf_counter()  # so that it does not count as training
+    state["clock"] = time.perf_counter()  # so that this time does not count as training
 
 
 # Copied from vae.py: figure_name
 def figure_name(cfg, split, step):
-    """The file name of a figure, with --mean and --temperature where they changed it."""
+    """The file name of a figure, with --mean and --temperature if they change the figure."""
     name = "test" if split == "test" else f"{step:06d}"
     if cfg.mean:
         name += "-mean"
@@ -1274,7 +1277,7 @@ def figure_name(cfg, split, step):
 
 # Copied from vae.py: flag
 def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    """A field of Config. A `fixed` one cannot change in a run; numbers are in [`low`, `high`]."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -1305,33 +1308,33 @@ class Config:
     levels: int = flag(1, "K, how often d is applied; 0 is a VAE, 2 the paper's 3-level model",
                        fixed=True, low=0)
     prior: str = flag("realnvp", "p(u), section A.2", fixed=True, choices=("normal", "realnvp"))
-    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) gives no probability to a y_{k+1} whose d is "
-                       "not y_k (posterize: of those y_k that d returns)", fixed=True)
+    exact: bool = flag(False, "p(y_{k+1}|y_k, z_k) is 0 unless d(y_{k+1}) = y_k (posterize: for a "
+                       "y_k that d can return)", fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step, all processes together (default 32, --small 8)",
+    batch_size: int = flag(None, "images per step, over all processes (default 32, --small 8)",
                            fixed=True)
-    lr: float = flag(None, "Adamax's learning rate; times 0.999999 a step, not below 1e-4 (default "
-                     "2e-3, --small 6e-3)", fixed=True, low=0)
+    lr: float = flag(None, "Adamax's learning rate; times 0.999999 per step, at least 1e-4 "
+                     "(default 2e-3, --small 6e-3)", fixed=True, low=0)
     beta2: float = flag(None, "Adamax's β₂ (default 0.999, --small 0.99)", fixed=True, low=0,
                         high=0.9999)
-    warmup: float = flag(None, "share of the steps, at the beginning, in which the weight of the "
+    warmup: float = flag(None, "share of the steps, at the beginning, over which the weight of the "
                          "KLs rises from 0 to 1 (default 0, --small 0.2)", fixed=True, low=0,
                          high=1)
-    cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
-                           "(default 0, --small 0.2)", fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+    cooldown: float = flag(None, "share of the steps, at the end, over which the rate falls to "
+                           "zero (default 0, --small 0.2)", fixed=True, low=0, high=1)
+    seed: int = flag(0, "for initialisation, batches, noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first one available")
+    dtype: str = flag("auto", "networks' precision; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on and CPUs with AVX512-BF16, else fp32",
                       choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    resume: bool = flag(False, "continue the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder without training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    eval_images: int = flag(None, "images to evaluate (default all, --small 500)")
     iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(1.0, "figures: scale of the priors' noise", low=0)
@@ -1345,24 +1348,24 @@ class Config:
 
     @property
     def variant(self):
-        """The part of the run folder's name that tells of the model."""
+        """The part of the run folder's name that describes the model."""
         exact = "-exact" if self.exact else ""
         small = "-small" if self.small else ""
         return f"{self.transform}{self.levels}-{self.prior}{exact}{small}"
 
     def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
+        """Raise UserError for flags that make no model, before anything is written."""
         transformation(self)
         if self.size is not None:
             halvings(self.size)
 
 
 # --- same in every script -------------------------------------------------------------------------
-# Flags, the run's folder and its files, precision, main: nothing of the model.
+# Flags, the run's folder and its files, precision, main: nothing here depends on the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
+SAVE_SECONDS = 60  # at least, between saves of last.pt, which follow a progress line
+IMAGES_PER_SECOND = 10  # at the paper's size on two CPU cores, up to 64x64; measured: 4 to 42
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1375,8 +1378,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
-    as it was there, and a `fixed` one cannot be typed with another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed
+    keeps its value from that run. A `fixed` flag cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            argument_default=argparse.SUPPRESS)  # what is not typed is left out
@@ -1396,7 +1399,7 @@ def parse_flags(argv=None, run=None):
             low, high = f.metadata["range"]
             if not low <= values[f.name] <= high:
                 raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
-        # A run may be older than a flag. Its device and --compile were those of its machine.
+        # A run may be older than a flag. Its --device and --compile were for its machine.
         if run and f.name in run and f.name not in ("device", "compile"):
             value = values.setdefault(f.name, run[f.name])
             if f.metadata["fixed"] and value != run[f.name]:
@@ -1407,8 +1410,8 @@ def parse_flags(argv=None, run=None):
 def start_run(cfg, folder, images):
     """Make the folder of a new run, with config.json -> the run's state.
 
-    "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. FileExistsError where another run has the folder.
+    "seconds" is the time that "step" steps took, "best" is the lowest validation score, and "data"
+    identifies the images. FileExistsError if another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
@@ -1422,26 +1425,26 @@ def start_run(cfg, folder, images):
 
 
 def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    """Load best.pt, if `best` and if it exists, else last.pt. UserError if it cannot be read."""
     path = folder / "last.pt"
     if best and (folder / "best.pt").exists():
         path = folder / "best.pt"
     if not path.exists():
-        raise UserError(f"there is no {path} to go on from or to evaluate")
+        raise UserError(f"there is no {path} to resume or evaluate")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except PermissionError:
         raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    except Exception:  # reading a broken file may raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     return checkpoint
 
 
 def load_weights(checkpoint, model):
-    """Load a checkpoint's parameters; UserError if they are another model's."""
+    """Load a checkpoint's parameters. UserError if they belong to another model."""
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -1450,16 +1453,16 @@ def load_weights(checkpoint, model):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
+    """Process 0 saves a checkpoint of tensors and plain types, if all parameters are finite.
 
-    It is written aside and renamed, so `path` is never half a file.
+    It is written under another name and then renamed, so `path` is never half a file.
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+        with open(aside, "wb") as file:  # so a full disk is an OSError, which main prints
             torch.save(checkpoint, file)
         os.replace(aside, path)
 
@@ -1472,7 +1475,7 @@ def autocast(cfg):
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
+    """Context without gradients. Weights are normalised once; noise depends on --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -1490,7 +1493,7 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
+    """Print model, images, device; at the paper's size on a CPU also how long training takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
           f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
@@ -1520,7 +1523,7 @@ def sheet_title(cfg, images, split, step):
 def main(Model, argv=None):
     """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
+    The code is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -1544,8 +1547,8 @@ def main(Model, argv=None):
             trained_on = checkpoint["state"].get("data", images.identity)
             if trained_on != images.identity:
                 raise UserError(f"this run's images were {trained_on}; now they are "
-                                f"{images.identity}, and it may have been trained on some of its "
-                                "test images: take another --name")
+                                f"{images.identity}, and the run may have been trained on some of "
+                                "these test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
@@ -1557,7 +1560,7 @@ def main(Model, argv=None):
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
+        barrier()  # until process 0 has evaluated: one that exits earlier could end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

@@ -1,23 +1,23 @@
 """VAE with a normal, mixture or RealNVP prior (Gatopoulos & Tomczak 2020, sections 2 and A.2).
 
-    generative model   p(x, z) = p(x|z) p(z)      p(x|z) a mixture of 10 discretized logistics a
-                                                  pixel, p(z) by --prior
+    generative model   p(x, z) = p(x|z) p(z)      p(x|z) a mixture of 10 discretized logistics per
+                                                  pixel, p(z) set by --prior
     inference model    q(z|x) = N(μ(x), σ²(x))    all networks are DenseNets with attention
     bound              log p(x) ≥ E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)] = -E_q[re_x + kl_z]
 
     python vae.py --small --steps 2000            built-in shapes, minutes on a laptop
     python vae.py --dataset cifar10 --small --steps 2500
                                                   minutes on one CPU core with AVX512-BF16
-    python vae.py --dataset cifar10               the released widths, for a GPU; not run here, the
-                                                  paper's Table 2 has 3.51 bits per dimension
+    python vae.py --dataset cifar10               the released widths, for a GPU: 3.51 bits per
+                                                  dimension in the paper's Table 2; not run here
 
-Paper: arXiv:2010.02014. Its code was not released; "released" is that of srVAE, an earlier model by
-the same authors. Equations without a number in the paper have one of ours, its section and a
-letter, as in (2.2a): docs/equations.md.
+Paper: arXiv:2010.02014. Its code was not released. "Released" refers to the code of srVAE, an
+earlier model by the same authors. Equations without a number in the paper are named by section and
+letter, such as (2.2a): docs/equations.md.
 Derivation, logged terms, differences from the paper: docs/vae.md. Results: docs/results.md.
 
     B batch · C, H, W channels, height, width of x · D = C·H·W, `dims` in the code
-    S importance samples · M components of a prior · P parameters of p(x|z) for each pixel
+    S importance samples · M components of a prior · P parameters of p(x|z) per pixel
     x (B, C, H, W) image in [-1, 1] · z (B, 16, 8, 8) latent
     v (B, 16, 8, 8) noise from N(0, 1) that p(z) turns into z; the base variable of a flow
 """
@@ -79,9 +79,9 @@ class VAE(nn.Module):
             re_x    -log p(x|z), z ~ q(z|x): the reconstruction error
             kl_z    log q(z|x) - log p(z), whose mean over z is KL(q(z|x) ‖ p(z))
 
-        Minus their sum is one sample of what Eq. (2.1a) averages; with the flow that is Eq. (2.2b).
-        Both are costs, as in Table 2. kl_z is sampled under every prior, so that the three can be
-        compared: only the normal one has a closed form. For one image it may be negative.
+        Minus their sum is one sample of what Eq. (2.1a) averages, and with the flow Eq. (2.2b).
+        Both terms are costs, as in Table 2. Only the normal prior has a KL in closed form, so kl_z
+        is sampled under every prior to keep them comparable. For one image it may be negative.
         """
         q_z = self.q_z(x)
         z = q_z.rsample()
@@ -92,7 +92,7 @@ class VAE(nn.Module):
     def elbo(self, x):
         """One-sample estimate of E_q[log p(x|z) - log q(z|x) + log p(z)] ≤ log p(x), Eq. (2.1a).
 
-        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, by `terms`.
+        x (B, C, H, W) -> (B,) in nats. Training minimises the mean of its negative, from `terms`.
         """
         return -sum(self.terms(x).values())
 
@@ -100,7 +100,7 @@ class VAE(nn.Module):
     def log_weights(self, x, samples):
         """log w_s = log p(x|z_s) + log p(z_s) - log q(z_s|x), z_s ~ q(z|x) -> (samples, B), nats.
 
-        The weights of Burda et al. 2015, Eq. (8). x (B, C, H, W) is encoded once.
+        These are the weights of Burda et al. 2015, Eq. (8). x (B, C, H, W) is encoded once.
         """
         q_z = self.q_z(x)
         log_w = []
@@ -143,7 +143,7 @@ class VAE(nn.Module):
 
 
 # ---- Special to this model -----------------------------------------------------------------------
-# Its priors: log_prob(z) -> (B,) in nats; from_noise(v), v ~ N(0, 1), -> z ~ p(z).
+# Its priors. log_prob(z) is (B,) in nats; from_noise(v) turns v ~ N(0, 1) into z ~ p(z).
 
 class NormalPrior(nn.Module):
     """p(z) = N(0, 1)."""
@@ -156,11 +156,11 @@ class NormalPrior(nn.Module):
 
 
 class MoGPrior(nn.Module):
-    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m, σ_m, M = --mog_components."""
+    """p(z) = 1/M Σ_m N(z; μ_m, σ_m²) with learned μ_m and σ_m, M = --mog_components."""
 
     def __init__(self, components):
         super().__init__()
-        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # random: not all the same
+        self.mean = nn.Parameter(0.1 * torch.randn(components, *LATENT))  # random, so they differ
         self.log_sd = nn.Parameter(torch.zeros(components, *LATENT))
 
     def log_prob(self, z):
@@ -169,16 +169,16 @@ class MoGPrior(nn.Module):
         return log_mean_exp(log_p, dim=1)
 
     def from_noise(self, v):
-        """z = μ_m + σ_m·v; the component m is random too and does not follow from v."""
+        """z = μ_m + σ_m·v. The component m is drawn at random and does not depend on v."""
         m = torch.randint(len(self.mean), (len(v),), device=v.device)
         return self.mean[m] + self.log_sd[m].exp() * v
 
 
 class RealNVPPrior(nn.Module):
-    """p(z) = N(v; 0, 1) |det ∂v/∂z|, v = flow(z) a RealNVP (Eq. (2.2a)).
+    """p(z) = N(v; 0, 1) |det ∂v/∂z|, where v = flow(z) is a RealNVP (Eq. (2.2a)).
 
-    `flow` is the paper's f⁻¹, `flow.inverse` its f. Two scales, as released: z is (16, 8, 8), then
-    half of it, (32, 4, 4).
+    `flow` is the paper's f⁻¹, and `flow.inverse` is its f. There are two scales, as released: the
+    first has all of z, (16, 8, 8), the second has half of it, (32, 4, 4).
     """
 
     def __init__(self, growth, layers):
@@ -200,17 +200,17 @@ class RealNVPPrior(nn.Module):
 
 
 # ---- Networks ------------------------------------------------------------------------------------
-# `growth` is that of the dense block at 8x8, and halves as the side doubles.
+# `growth` is that of the dense block at 8x8. It halves whenever the side doubles.
 
 WIDTHS = {  # (growth, layers) of the dense blocks
     "32": dict(q_z=(64, 8), p_x=(128, 6), flow=(64, 5)),  # images up to 32x32: released widths
-    # Larger images: ours. With the flow 34 M parameters at 64x64; the paper has 32 to 42 M.
+    # Larger images: our widths. With the flow, 34 M parameters at 64x64; the paper has 32 to 42 M.
     "64": dict(q_z=(64, 6), p_x=(128, 5), flow=(64, 5)),
     "small": dict(q_z=(32, 2), p_x=(32, 2), flow=(8, 1)),
 }
 
 
-LATENT = (16, 8, 8)  # channels, height, width of z, whatever the image (section 4.1)
+LATENT = (16, 8, 8)  # channels, height, width of z for images of any size (section 4.1)
 
 
 def halvings(size):
@@ -222,9 +222,9 @@ def halvings(size):
 
 
 class Encoder(nn.Sequential):
-    """Dense blocks, between them stride-2 convs, which double the channels; at the end a 1x1 conv.
+    """Dense blocks, with stride-2 convs between them that double the channels, then a 1x1 conv.
 
-    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`: with
+    (B, C, size, size) -> (B, c_out, 8, 8). The output starts with standard deviation `sd`. With
     0.1, q(z|x) starts near N(0, 1).
     """
 
@@ -241,7 +241,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Dense blocks, each with a transposed conv behind it, which halves the channels; then a conv.
+    """Dense blocks, each followed by a transposed conv that halves the channels, then a conv.
 
     (B, 16, 8, 8) -> (B, c_out, size, size). There is no block at full size, as released.
     """
@@ -267,8 +267,7 @@ class GaussianEncoder(Encoder):
 
 
 class MixtureDecoder(Decoder):
-    """A Dmol over images of `channels` channels, given a latent: (B, 16, 8, 8) -> a distribution.
-    """
+    """A Dmol over images of `channels` channels, given latents (B, 16, 8, 8) -> a distribution."""
 
     def __init__(self, channels, size, growth, layers):
         super().__init__(size, growth, layers, dmol_channels(channels), sd=0.1)
@@ -301,11 +300,11 @@ def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
         layer = nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
     else:
         layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    # Entries of v start with a fixed sd, as released. PyTorch's shrinks with fan-in, and as Adamax
-    # moves each entry by about its learning rate, w would turn too far. (This v is no noise.)
+    # Entries of v start with a fixed sd, as released. PyTorch's sd shrinks with fan-in, and Adamax
+    # moves each entry by about its learning rate, so w would turn too far. (This v is not noise.)
     nn.init.normal_(layer.weight, std=0.05)
     layer.initial_sd = sd
-    # One g for each output channel: dimension 1 of a transposed weight.
+    # One g per output channel, which is dimension 1 of a transposed weight.
     return weight_norm(layer, dim=1 if transposed else 0)
 
 
@@ -313,15 +312,15 @@ def conv(c_in, c_out, kernel=3, stride=1, sd=1.0, transposed=False):
 def data_dependent_init(model, forward):
     """Make each conv's output have mean 0 and sd `initial_sd` (Salimans & Kingma 2016, section 3).
 
-    `forward()` pushes one batch through `model`. Each layer is set when it is reached, so its
-    inputs come from layers that are already set. Only g and b change, so checkpoints hold the
-    result. Convs on pooled 1x1 maps keep their default: one value an image is too few to measure.
+    `forward()` pushes one batch through `model`. Each layer is set when the batch reaches it, so
+    its inputs come from layers that are already set. Only g and b change, so checkpoints hold the
+    result. Convs on pooled 1x1 maps keep their defaults: one value per image is too few to measure.
     """
     def normalise(layer, inputs, output):
         if output.shape[2:] == (1, 1):
             return output
         sd, mean = torch.std_mean(output.float(), (0, 2, 3), correction=0)
-        # A channel without spread (black images, say) does not tell how to scale it: g is kept.
+        # A channel that does not vary, as with black images, gives no scale, so g is kept.
         ratio = torch.where(sd < 1e-3, 1.0, layer.initial_sd / sd)
         g = layer.parametrizations.weight.original0
         g.mul_(ratio.view_as(g))
@@ -336,7 +335,7 @@ def data_dependent_init(model, forward):
 
 
 class ChannelAttention(nn.Module):
-    """Each channel times a gate in (0, 1), computed from all channels' means (Zhang et al. 2018).
+    """Multiplies each channel by a gate in (0, 1), from all channels' means (Zhang et al. 2018).
 
     (B, C, H, W) -> same.
     """
@@ -361,9 +360,9 @@ class DenseBlock(nn.Module):
     def __init__(self, channels, growth, layers):
         super().__init__()
         # NOTE(paper): ELUs are used "everywhere" (A.3), so both convs of a layer have one. In the
-        # released code neither has: after each layer one ELU is applied to all channels so far, to
-        # early ones again and again. The parameters are the same, the memory traffic is half.
-        # ELU can work in place, since its gradient can be computed from its output.
+        # released code neither has one. Instead, an ELU is applied to all channels so far after
+        # each layer, to early ones again and again. Our parameters are the same, and the memory
+        # traffic is half. ELU can work in place, since its gradient follows from its output.
         self.layers = nn.ModuleList()
         for _ in range(layers):
             self.layers.append(nn.Sequential(conv(channels, 4 * growth, 1), nn.ELU(inplace=True),
@@ -385,15 +384,16 @@ class DenseBlock(nn.Module):
 def train(cfg, model, images, folder, checkpoint):
     """Minimise -ELBO in nats per image, averaged over the batch.
 
-    Without a checkpoint a new run is made in `folder`, else the one in it goes on.
+    Without a checkpoint a new run starts in `folder`. With one, the run in `folder` continues.
     """
     rank, world = processes()
     data = Batches(images.train, cfg.batch_size, cfg.device, cfg.seed,
                    augment=images.augment, parts=world)
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
-    # Adamax divides by the largest gradient so far, which fades by β₂ a step. The first ones are
-    # large: with 0.999, the default as released, they slow the first thousand steps down.
+    # Adamax divides by the largest gradient so far, which decays by β₂ per step. The first
+    # gradients are large. With 0.999, the default as released, they slow down the first thousand
+    # steps.
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-7,
                                    foreach=True)  # all parameters in a few calls
     if checkpoint is None:
@@ -407,7 +407,7 @@ def train(cfg, model, images, folder, checkpoint):
     costs = parallel(cfg, model)  # model.terms, for training
 
     rows = []  # the terms of the steps since the last progress line
-    saved = -math.inf  # when last.pt was
+    saved = -math.inf  # when last.pt was saved
     state["clock"] = time.perf_counter()
     for step in range(state["step"] + 1, total + 1):
         state["step"] = step
@@ -435,17 +435,17 @@ def train(cfg, model, images, folder, checkpoint):
             rows = []
             if validating:
                 validate(cfg, model, images, folder, optimizer, state)
-            # After the validation, to hold its score, and only where all steps so far are logged: a
-            # resumed run begins its next line with no rows.
+            # Saved after the validation, to include its score, and only when all steps so far are
+            # logged, because a resumed run begins its next line with no rows.
             if step == total or time.perf_counter() > saved + SAVE_SECONDS:
                 save(folder / "last.pt", cfg, model, optimizer, state)
                 saved = time.perf_counter()
 
 
 def validate(cfg, model, images, folder, optimizer, state):
-    """The bound on validation images, figures, and best.pt where it is the best so far.
+    """Log the bound on validation images, draw figures; save best.pt if the bound is the best yet.
 
-    Process 0 does it while the others wait, and the clock of training stands still.
+    Process 0 does this while the others wait. The time does not count as training.
     """
     if processes()[0] == 0:
         valid = evaluation_batches(images.valid, cfg.device, cfg.eval_images)
@@ -460,7 +460,7 @@ def validate(cfg, model, images, folder, optimizer, state):
             state["best"] = bpd
             save(folder / "best.pt", cfg, model, optimizer, state)
     barrier()
-    state["clock"] = time.perf_counter()  # so that it does not count as training
+    state["clock"] = time.perf_counter()  # so that this time does not count as training
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -487,12 +487,12 @@ def evaluate(cfg, model, images, folder, state):
         if cfg.fid:
             results |= fid_of_samples(cfg, model, images)
         save_figures(cfg, model, images, folder, "test", state["step"])
-        results |= cost_of(cfg, model, state)  # last: it takes as many samples as time allows
+        results |= cost_of(cfg, model, state)  # last: it draws as many samples as time allows
     write_results(folder, results)
 
 
 def save_figures(cfg, model, images, folder, split, step):
-    """Sheets: samples, reconstructions of the split's first images, interpolations between them."""
+    """Sheets: samples; reconstructions of the split's first images; interpolations between them."""
     x = next(iter(Batches(getattr(images, split), 32, cfg.device, count=32)))
     lines = model.interpolate(x[:8], x[:8].roll(1, 0), 8, cfg.mean)  # (8, 8, C, H, W)
     shown = "means" if cfg.mean else "draws"
@@ -507,7 +507,7 @@ def save_figures(cfg, model, images, folder, split, step):
 
 
 def figure_name(cfg, split, step):
-    """The file name of a figure, with --mean and --temperature where they changed it."""
+    """The file name of a figure, with --mean and --temperature if they change the figure."""
     name = "test" if split == "test" else f"{step:06d}"
     if cfg.mean:
         name += "-mean"
@@ -523,9 +523,10 @@ def figure_name(cfg, split, step):
 class Coupling(nn.Module):
     """Affine coupling (Dinh et al. 2016, Eqs. (4), (5), by masks Eq. (9)).
 
-    Values where the mask is 1 pass, the others become z·exp(s) + t. s and t see only what passes,
-    so the Jacobian is triangular, log |det| = Σ s (their Eq. (6)), and the inverse can compute them
-    again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats.
+    Values pass where the mask is 1; the others become z·exp(s) + t. s and t see only values that
+    pass. So the Jacobian is triangular with log |det| = Σ s (their Eq. (6)), and the inverse can
+    compute s and t again (Eqs. (7), (8)). z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z|,
+    (B,) in nats.
     """
 
     def __init__(self, mask, channels, net):
@@ -535,7 +536,7 @@ class Coupling(nn.Module):
         self.register_buffer("mask", mask.float(), persistent=False)
 
     def s_t(self, z):
-        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two like it."""
+        """Log-scale and translation, 0 where the mask is 1: z (B, C, H, W) -> two of its shape."""
         s, t = self.net(z * self.mask).to(z.dtype).chunk(2, 1)  # bf16 ends here, z is fp32
         moves = 1 - self.mask
         return self.s_limit * torch.tanh(s) * moves, t * moves
@@ -547,7 +548,7 @@ class Coupling(nn.Module):
 
     def inverse(self, z_next):
         """z' -> z (B, C, H, W)."""
-        s, t = self.s_t(z_next)  # the same as from z: what they see has passed unchanged
+        s, t = self.s_t(z_next)  # the same as from z: they see only unchanged values
         return (z_next - t) * torch.exp(-s)
 
 
@@ -555,9 +556,8 @@ class Coupling(nn.Module):
 class Couplings(nn.ModuleList):
     """`count` couplings in a row, every other one with the mask inverted (Dinh et al., 3.5).
 
-    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats: determinants multiply,
-    their logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes the network of a
-    coupling.
+    z (B, C, H, W) -> z', same shape, and log |det ∂z'/∂z| (B,) in nats. Determinants multiply, so
+    logarithms add (their Eqs. (10), (11)). make_net(channels, side) makes a coupling's network.
     """
 
     def __init__(self, mask, count, channels, side, make_net):
@@ -584,11 +584,11 @@ class Couplings(nn.ModuleList):
 class Flow(nn.Module):
     """RealNVP of `scales` scales (Dinh et al., section 3.6, Eqs. (13) to (16)).
 
-    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale is 3
-    checkerboard couplings, then 3 channel-wise ones on 2x2 squares squeezed into
-    (4C, side/2, side/2). Half of the values are then done, and `rest` goes on with the others,
-    (2C, side/2, side/2). The last scale is 4 checkerboard couplings. What is done goes back to its
-    pixel, so v has z's shape. make_net(channels, side) makes the network of a coupling.
+    z (B, C, side, side) -> v, same shape, and log |det ∂v/∂z| (B,) in nats. A scale has 3
+    checkerboard couplings, then 3 channel-wise ones after squeezing 2x2 squares into
+    (4C, side/2, side/2). Half of the values are then finished, and `rest` continues with the other
+    half, (2C, side/2, side/2). The last scale has 4 checkerboard couplings. Finished values return
+    to their pixels, so v has z's shape. make_net(channels, side) makes the network of a coupling.
     """
 
     def __init__(self, channels, side, scales, make_net):
@@ -626,7 +626,7 @@ class Flow(nn.Module):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def flag(default, text, fixed=False, choices=None, low=1, high=10**9):
-    """A field of Config. A `fixed` one cannot change in a run; numbers are from `low` to `high`."""
+    """A field of Config. A `fixed` one cannot change in a run; numbers are in [`low`, `high`]."""
     metadata = {"help": text, "fixed": fixed, "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -652,33 +652,33 @@ class Config:
     size: int = flag(None, "side of the images, 8 · 2ⁿ (default: the dataset's)", fixed=True)
     prior: str = flag("realnvp", "p(z), section A.2", fixed=True,
                       choices=("normal", "mog", "realnvp"))
-    mog_components: int = flag(10, "of --prior mog (Table 2's parameter count implies 1000)",
+    mog_components: int = flag(10, "M of --prior mog (Table 2's parameter count implies 1000)",
                                fixed=True)
     small: bool = flag(False, "networks narrowed for a laptop CPU, quick evaluation", fixed=True)
     epochs: int = flag(2000, "passes over the training images")
     steps: int = flag(None, "training steps (overrides --epochs)")
-    batch_size: int = flag(None, "images a step, all processes together (default 32, --small 8)",
+    batch_size: int = flag(None, "images per step, over all processes (default 32, --small 8)",
                            fixed=True)
-    lr: float = flag(None, "Adamax's learning rate; times 0.999999 a step, not below 1e-4 (default "
-                     "2e-3, --small 6e-3)", fixed=True, low=0)
+    lr: float = flag(None, "Adamax's learning rate; times 0.999999 per step, at least 1e-4 "
+                     "(default 2e-3, --small 6e-3)", fixed=True, low=0)
     beta2: float = flag(None, "Adamax's β₂ (default 0.999, --small 0.99)", fixed=True, low=0,
                         high=0.9999)
-    warmup: float = flag(None, "share of the steps, at the beginning, in which the weight of the "
+    warmup: float = flag(None, "share of the steps, at the beginning, over which the weight of the "
                          "KLs rises from 0 to 1 (default 0, --small 0.2)", fixed=True, low=0,
                          high=1)
-    cooldown: float = flag(None, "share of the steps, at the end, in which the rate falls to zero "
-                           "(default 0, --small 0.2)", fixed=True, low=0, high=1)
-    seed: int = flag(0, "of initialisation, batches and noise", fixed=True, low=0, high=2**32 - 1)
-    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "of the networks; likelihoods are fp32. auto: bf16 on GPUs from "
+    cooldown: float = flag(None, "share of the steps, at the end, over which the rate falls to "
+                           "zero (default 0, --small 0.2)", fixed=True, low=0, high=1)
+    seed: int = flag(0, "for initialisation, batches, noise", fixed=True, low=0, high=2**32 - 1)
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first one available")
+    dtype: str = flag("auto", "networks' precision; likelihoods are fp32. auto: bf16 on GPUs from "
                       "Ampere on and CPUs with AVX512-BF16, else fp32",
                       choices=("auto", "fp32", "bf16"))
     compile: bool = flag(None, "torch.compile (default: on GPUs from Ampere on, under Linux)")
-    resume: bool = flag(False, "go on with the run in its folder")
-    eval: bool = flag(False, "evaluate the run in its folder, no training")
+    resume: bool = flag(False, "continue the run in its folder")
+    eval: bool = flag(False, "evaluate the run in its folder without training")
     log_every: int = flag(50, "steps between progress lines")
     eval_every: int = flag(1000, "steps between validations, with figures")
-    eval_images: int = flag(None, "images that are evaluated (default all, --small 500)")
+    eval_images: int = flag(None, "images to evaluate (default all, --small 500)")
     iw_samples: int = flag(None, "S of the importance-weighted bound (default 512, --small 64)")
     iw_images: int = flag(None, "test images for that bound (default all, --small 200)")
     temperature: float = flag(1.0, "figures: scale of the prior's noise", low=0)
@@ -692,22 +692,22 @@ class Config:
 
     @property
     def variant(self):
-        """The part of the run folder's name that tells of the model."""
+        """The part of the run folder's name that describes the model."""
         small = "-small" if self.small else ""
         return f"{self.prior}{small}"
 
     def check(self):
-        """Raise UserError for flags of which no model can be made, before anything is written."""
+        """Raise UserError for flags that make no model, before anything is written."""
         if self.size is not None:
             halvings(self.size)
 
 
 # --- same in every script -------------------------------------------------------------------------
-# Flags, the run's folder and its files, precision, main: nothing of the model.
+# Flags, the run's folder and its files, precision, main: nothing here depends on the model.
 
 SCRIPT = Path(__file__).stem
-SAVE_SECONDS = 60  # between saves of last.pt, each at the first progress line after that
-IMAGES_PER_SECOND = 10  # at the paper's size on two cores of a CPU, up to 64x64: 4 to 42 measured
+SAVE_SECONDS = 60  # at least, between saves of last.pt, which follow a progress line
+IMAGES_PER_SECOND = 10  # at the paper's size on two CPU cores, up to 64x64; measured: 4 to 42
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -720,8 +720,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(argv=None, run=None):
     """Command line -> Config, in which each field is a flag. UserError for a wrong one.
 
-    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed is
-    as it was there, and a `fixed` one cannot be typed with another value.
+    `run` is the configuration of the run that is resumed or evaluated. A flag that is not typed
+    keeps its value from that run. A `fixed` flag cannot be given another value.
     """
     parser = OneLineParser(f"{SCRIPT}.py", description=__doc__.splitlines()[0],
                            argument_default=argparse.SUPPRESS)  # what is not typed is left out
@@ -741,7 +741,7 @@ def parse_flags(argv=None, run=None):
             low, high = f.metadata["range"]
             if not low <= values[f.name] <= high:
                 raise UserError(f"--{f.name} must be from {low} to {high}, not {values[f.name]}")
-        # A run may be older than a flag. Its device and --compile were those of its machine.
+        # A run may be older than a flag. Its --device and --compile were for its machine.
         if run and f.name in run and f.name not in ("device", "compile"):
             value = values.setdefault(f.name, run[f.name])
             if f.metadata["fixed"] and value != run[f.name]:
@@ -752,8 +752,8 @@ def parse_flags(argv=None, run=None):
 def start_run(cfg, folder, images):
     """Make the folder of a new run, with config.json -> the run's state.
 
-    "seconds" is the time that "step" steps took, "best" the lowest validation score, "data" says
-    which images these are. FileExistsError where another run has the folder.
+    "seconds" is the time that "step" steps took, "best" is the lowest validation score, and "data"
+    identifies the images. FileExistsError if another run has the folder.
     """
     if processes()[0] == 0:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
@@ -767,26 +767,26 @@ def start_run(cfg, folder, images):
 
 
 def load_checkpoint(folder, best):
-    """best.pt, where it is asked for and there, else last.pt; UserError if it cannot be read."""
+    """Load best.pt, if `best` and if it exists, else last.pt. UserError if it cannot be read."""
     path = folder / "last.pt"
     if best and (folder / "best.pt").exists():
         path = folder / "best.pt"
     if not path.exists():
-        raise UserError(f"there is no {path} to go on from or to evaluate")
+        raise UserError(f"there is no {path} to resume or evaluate")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except PermissionError:
         raise
-    except Exception:  # whatever reading what is broken may raise
-        raise UserError(f"{path} is damaged, or no checkpoint of these scripts") from None
+    except Exception:  # reading a broken file may raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of these scripts") from None
     if script != SCRIPT:
         raise UserError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     return checkpoint
 
 
 def load_weights(checkpoint, model):
-    """Load a checkpoint's parameters; UserError if they are another model's."""
+    """Load a checkpoint's parameters. UserError if they belong to another model."""
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -795,16 +795,16 @@ def load_weights(checkpoint, model):
 
 
 def save(path, cfg, model, optimizer, state):
-    """One checkpoint of tensors and plain types, by process 0, if the parameters are finite.
+    """Process 0 saves a checkpoint of tensors and plain types, if all parameters are finite.
 
-    It is written aside and renamed, so `path` is never half a file.
+    It is written under another name and then renamed, so `path` is never half a file.
     """
     require_finite(model, state["step"])
     if processes()[0] == 0:
         checkpoint = {"script": SCRIPT, "config": dataclasses.asdict(cfg), "state": state,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:  # a full disk is an OSError then, which main prints
+        with open(aside, "wb") as file:  # so a full disk is an OSError, which main prints
             torch.save(checkpoint, file)
         os.replace(aside, path)
 
@@ -817,7 +817,7 @@ def autocast(cfg):
 
 @contextlib.contextmanager
 def inference(cfg, model):
-    """Context without gradients; weights are normalised once, noise follows from --seed alone."""
+    """Context without gradients. Weights are normalised once; noise depends on --seed alone."""
     model.eval()
     with torch.no_grad(), autocast(cfg), cached():
         torch.manual_seed(cfg.seed)
@@ -835,7 +835,7 @@ def parallel(cfg, model, **options):
 
 
 def print_header(cfg, folder, model, images):
-    """What is trained, on what, where; at the paper's size on a CPU also how long that takes."""
+    """Print model, images, device; at the paper's size on a CPU also how long training takes."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{parameters:,} trained parameters; {len(images.train)} images of {images.name}, "
           f"{images.shape}; {processes()[1]} x {device_and_precision(cfg)}; writing to {folder}",
@@ -865,7 +865,7 @@ def sheet_title(cfg, images, split, step):
 def main(Model, argv=None):
     """Train and evaluate, or with --eval only evaluate -> the exit code.
 
-    It is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
+    The code is 0, 2 for a user's mistake, 1 if a number is not finite, 130 after Ctrl-C.
     """
     try:
         cfg = parse_flags(argv)
@@ -889,8 +889,8 @@ def main(Model, argv=None):
             trained_on = checkpoint["state"].get("data", images.identity)
             if trained_on != images.identity:
                 raise UserError(f"this run's images were {trained_on}; now they are "
-                                f"{images.identity}, and it may have been trained on some of its "
-                                "test images: take another --name")
+                                f"{images.identity}, and the run may have been trained on some of "
+                                "these test images: take another --name")
             load_weights(checkpoint, model)
         if not cfg.eval:
             print_header(cfg, folder, model, images)
@@ -902,7 +902,7 @@ def main(Model, argv=None):
             print(f"evaluating the model of step {checkpoint['state']['step']}; "
                   f"{device_and_precision(cfg)}", flush=True)
             evaluate(cfg, model, images, folder, checkpoint["state"])
-        barrier()  # until process 0 has evaluated: one that leaves earlier could end the rest
+        barrier()  # until process 0 has evaluated: one that exits earlier could end the others
         print(f"written to {folder}")
         return 0
     except (UserError, OSError, FloatingPointError) as error:

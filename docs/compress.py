@@ -1,17 +1,17 @@
 """Images as a file of the bound's size: bits back with ANS, derived in docs/compression.md.
 
-    python docs/compress.py write RUN_FOLDER FILE [COUNT]    the first COUNT test images (all)
-    python docs/compress.py read RUN_FOLDER FILE             back, to FILE.npy, bit for bit
+    python docs/compress.py write RUN_FOLDER FILE [COUNT]    code the first COUNT test images (all)
+    python docs/compress.py read RUN_FOLDER FILE             decode to FILE.npy, bit for bit
     python docs/compress.py sizes RUN_FOLDER [COUNT]         what they cost up to y_1, y_2, …, x,
                                                              beside the bound, PNG and WebP
-    python docs/compress.py photo RUN_FOLDER PICTURE [SIDE]  your photograph, there and back, cut
+    python docs/compress.py photo RUN_FOLDER PICTURE [SIDE]  code and decode your photograph, cut
                                                              into tiles of the model's SIDE (64)
 
-RUN_FOLDER is the folder of a run of vae.py or selfvae.py; if the run's data_dir is relative, start
-this where the run was started. The size is the bound's under a normal prior; under a flow it is
-larger. Sender and receiver must compute equal numbers: they need the same weights, torch, numpy and
-kind of CPU, and images are coded one at a time, in fp32, on one thread. The exit code is 2 where
-the receiver's numbers differ or FILE is broken. Nothing is ever overwritten.
+RUN_FOLDER is the folder of a run of vae.py or selfvae.py. If the run's data_dir is relative, start
+this where the run was started. With a normal prior the size is that of the bound. With a flow it is
+larger. Sender and receiver must compute equal numbers, so they need the same weights, torch, numpy
+and kind of CPU. Images are coded one at a time, in fp32, on one thread. The exit code is 2 if the
+receiver's numbers differ or FILE is broken. Nothing is ever overwritten.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ from selfvae import image_of_pixels, pixels_of_blocks  # noqa: E402
 from vae import LATENT, VAE, MoGPrior  # noqa: E402
 
 FORMATS = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 100, "method": 6}}
-SLOT_BITS = 20  # 2^20 slots are shared out among the symbols
+SLOT_BITS = 20  # the symbols share 2^20 slots
 LANES = 64  # coders side by side
-VALUES = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # of a pixel
-BIN_BITS = 10  # a number of a latent has 2^10 bins, 1/64 of its prior's sd wide, from -8 to 8 sd
+VALUES = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)  # all values of a pixel
+BIN_BITS = 10  # a latent's value has 2^10 bins, 1/64 of its prior's sd wide, from -8 to 8 sd
 MIDDLES = (torch.arange(2**BIN_BITS, dtype=torch.float64) + 0.5) / 64 - 8
 EDGES = torch.cat([torch.tensor([-torch.inf]), MIDDLES[1:] - 1 / 128, torch.tensor([torch.inf])])
-# Place j of a push by the prior takes number ORDER[j]. The next image's number j is drawn by what
-# lies there, and should not be drawn by this image's number j.
+# A push by the prior puts the latent's value ORDER[j] in place j. The bits in place j draw value j
+# of the next image's latent, and these bits should not come from value j of this image's latent.
 ORDER = np.random.default_rng(0).permutation(math.prod(LATENT))
 
 
@@ -57,19 +57,19 @@ class Stack:
     """LANES coders of asymmetric numeral systems (Duda 2009) over one stack of 32-bit words.
 
     A coder is an integer, its head. Pushing a symbol that has `count` of 2^SLOT_BITS slots, from
-    `first` on, makes it 2^SLOT_BITS/count times as large: it gains -log2 p bits. Popping undoes a
-    push exactly. Invariant: 2^32 ≤ head < 2^64. Where a push would pass the upper end, the head's
-    lower half goes to the words first; where a pop has passed the lower end, it comes back.
+    `first` on, makes the head 2^SLOT_BITS/count times as large, a gain of -log2 p bits. Popping
+    undoes a push exactly. Invariant: 2^32 ≤ head < 2^64. If a push would exceed the upper end, the
+    head's lower half first goes to the words. If a pop falls below the lower end, it comes back.
     """
 
     def __init__(self, heads, words):
         self.heads = heads  # uint64 (LANES,)
-        self.words = words  # a list, the last one on top
+        self.words = words  # a list; the last word is the top of the stack
 
     def push(self, first, count):
-        """One symbol to each of the first n coders: slots, uint64 (n,), n ≤ LANES, count ≥ 1.
+        """Push a symbol to each of the first n ≤ LANES coders: slots, uint64 (n,), count ≥ 1.
 
-        UserError where count is 0: no symbol without a slot was ever popped.
+        UserError if a count is 0, because a symbol without a slot cannot have been popped.
         """
         if not count.all():
             raise UserError("a symbol without a slot")
@@ -80,9 +80,9 @@ class Stack:
         self.heads[:len(first)] = (head // count << np.uint64(SLOT_BITS)) + first + head % count
 
     def pop(self, table):
-        """One symbol from each of the first coders: `table` (n, symbols + 1) of slots -> (n,).
+        """Pop a symbol from each of the first n coders: `table` (n, symbols + 1) of slots -> (n,).
 
-        UserError where the words run out.
+        UserError if the words run out.
         """
         head = self.heads[:len(table)]
         slot = head & np.uint64(2**SLOT_BITS - 1)
@@ -101,7 +101,7 @@ class Stack:
         return symbol
 
     def bits(self):
-        """How much is on the stack, with the fractions of a bit that heads hold."""
+        """The bits on the stack, including the fractions of a bit that heads hold."""
         return 32 * len(self.words) + np.log2(self.heads.astype(np.float64)).sum()
 
 
@@ -115,8 +115,8 @@ def interval(table, symbol):
 def slots(probabilities, possible):
     """Probabilities (n, symbols) -> where each symbol's slots begin, uint64 (n, symbols + 1).
 
-    Every `possible` symbol, bool (n, symbols), keeps one slot, however improbable; the other slots
-    are shared out.
+    Every `possible` symbol, bool (n, symbols), gets one slot, however improbable it is. The other
+    slots are shared by probability.
     """
     cumulated = np.zeros((len(probabilities), probabilities.shape[1] + 1))
     np.cumsum(probabilities, 1, out=cumulated[:, 1:])
@@ -144,10 +144,10 @@ def pop_all(stack, table):
 # ---- An image given its distribution, a latent given its Gaussian --------------------------------
 
 def walk_image(p_x, value_of):
-    """Walk through an image (1, C, H, W), of an InTurn pixel by pixel -> the image.
+    """Walk through an image (1, C, H, W), for an InTurn pixel by pixel -> the image.
 
-    `value_of(table)` is asked for the next values, (h·w,); `table` (h·w, 257) has their slots,
-    given all values before. The sender knows them, the receiver pops them.
+    `value_of(table)` returns the next values, (h·w,). `table` (h·w, 257) has their slots given all
+    values before. The sender knows the values; the receiver pops them.
     """
     if isinstance(p_x, Dmol):
         return walk_channels(p_x, value_of)
@@ -162,10 +162,10 @@ def walk_image(p_x, value_of):
 
 
 def walk_channels(p_x, value_of):
-    """`walk_image` for a Dmol: the bound's own numbers, one channel after the other.
+    """`walk_image` for a Dmol: one channel after the other, with the bound's own numbers.
 
-    Component m weighs π_m times its probabilities of the channels before, by Bayes' rule.
-    Memory: some ten times 256·M·h·w floats.
+    By Bayes' rule the weight of component m is π_m times its probabilities of the channels before.
+    Memory: about ten times 256·M·h·w floats.
     """
     log_w = p_x.logits.log_softmax(1)  # (1, M, h, w)
     h, w = log_w.shape[2:]
@@ -199,7 +199,7 @@ def table_of(probabilities, possible):
 
 
 def push_image(stack, p_x, x):
-    """Push an image (1, C, H, W), its last value first, as a receiver pops its first one first."""
+    """Push an image (1, C, H, W), the last value first, because a receiver pops the first first."""
     images = [x] if isinstance(p_x, Dmol) else pixels_of_blocks(x)
     values = to_uint8(torch.cat(list(images), 1)).long().flatten(2)[0].numpy()
     tables = []
@@ -228,8 +228,8 @@ PRIOR_TABLE = slots(PRIOR, np.ones(PRIOR.shape, bool))
 def latent_table(q, p):
     """Slots of a latent's bins under q, (1,024, 2^BIN_BITS + 1): probabilities of intervals.
 
-    q and p are pairs of mean and sd, each (1, 16, 8, 8); bins are those of p. Bins may have no
-    slot: only what was popped by this table is pushed by it.
+    q and p are pairs of mean and sd, each (1, 16, 8, 8); bins are those of p. A bin may have no
+    slot, because only bins that were popped by this table are pushed by it.
     """
     mean = ((q[0] - p[0]) / p[1]).double().reshape(-1, 1)
     sd = (q[1] / p[1]).double().reshape(-1, 1)
@@ -243,12 +243,12 @@ def latent_value(bins, p):
 
 
 def push_prior(stack, bins):
-    """Push bins (1,024,) by their probabilities under p, the same for every number."""
+    """Push bins (1,024,) by their probabilities under p, which are the same for every value."""
     push_all(stack, np.broadcast_to(PRIOR_TABLE, (len(bins), 2**BIN_BITS + 1)), bins[ORDER])
 
 
 def pop_prior(stack):
-    """Pop them -> (1,024,)."""
+    """Pop what `push_prior` pushed -> bins (1,024,)."""
     bins = np.empty(len(ORDER), np.int64)
     bins[ORDER] = pop_all(stack, np.broadcast_to(PRIOR_TABLE, (len(bins), 2**BIN_BITS + 1)))
     return bins
@@ -263,8 +263,9 @@ class Codec:
                 push x by p(x|y_K, z_K), z_K by its prior, …, y_1 by p(y_1|u), u by its prior
         pop     all of it backwards: u, y_1, z_1, y_2, …, x; then z_K, …, u go back by q
 
-    y is computed, not drawn: it takes no bits back. y_1 is popped before y_2, …, x. Of a vae.py, z
-    is u and x is y_1. With a smaller K only y_{K+1} is coded, of the images that are pushed.
+    y is computed and not drawn, so it gets no bits back. y_1 is popped before y_2, …, x. For a
+    vae.py, u is its z and y_1 is x. With a K smaller than the model's, only y_{K+1} of the pushed
+    images is coded.
     """
 
     def __init__(self, model, K=None):
@@ -279,12 +280,13 @@ class Codec:
             raise UserError("a mixture prior cannot be coded number by number: take another run")
 
     def q(self, k, y_next):
-        """Mean and sd of q(z_k|y_{k+1}); under a flow v is coded in place of u, and q is of v.
+        """Mean and sd of q(z_k|y_{k+1}). With a flow, v is coded in place of u, and q is that of v.
 
-        Any q gives a bound. v given y_1 is no Gaussian of independent numbers; the one that costs
-        least has their sds given all others, from the diagonal of the precision of v:
-        1/τ_i² = Σ_j (∂u_j/∂v_i)² / σ_j², with σ_j of u, estimated by 64 random signs r_j, as the
-        mean square of Σ_j r_j (∂u_j/∂v_i) / σ_j. The estimate scatters by 15 %.
+        Any q gives a bound. v given y_1 is not a Gaussian with independent values. The cheapest
+        Gaussian that is one has, for each value, the sd given all other values, from the diagonal
+        of the precision of v: 1/τ_i² = Σ_j (∂u_j/∂v_i)² / σ_j², where σ_j is that of u. With 64
+        draws of random signs r_j it is estimated as the mean square of Σ_j r_j (∂u_j/∂v_i) / σ_j.
+        The estimate scatters by 15 %.
         """
         if k:
             return moments(self.model.q_z[k - 1](y_next))
@@ -321,8 +323,8 @@ class Codec:
     def push(self, stack, x):
         """Push an image (1, C, H, W)."""
         y = {1: x} if self.is_vae else self.model.representations(x)
-        # Laid out as what a receiver pops: strides decide how a convolution rounds. (A grey image
-        # would be its own .contiguous(), in any layout.)
+        # In the layout that a receiver pops, because strides decide how a convolution rounds. (For
+        # a grey image .contiguous() returns the image itself, in any layout.)
         plain = torch.contiguous_format
         y = {0: None, **{k: image.clone(memory_format=plain) for k, image in y.items()}}
         bins = []
@@ -338,10 +340,10 @@ class Codec:
             push_prior(stack, bins[k])
 
     def pop(self, stack, last=None):
-        """Pop an image -> (1, C, H, W); with `last` only as far as y_last, and no bits go back."""
+        """Pop an image -> (1, C, H, W). With `last`, pop only up to y_last; no bits go back."""
         y = None
         z = None
-        drawn = []  # of each latent the table by which its bins go back, and these
+        drawn = []  # for each latent the table by which its bins go back, and the bins
         for k in range(self.K + 1):
             bins = pop_prior(stack)
             p = self.p(k, y, z)
@@ -365,8 +367,8 @@ def moments(distribution):
 def random_stack(K):
     """The stack that a sender begins with: random bits, for the first image's latents.
 
-    A latent takes 258 words where q is the prior, at most 310 (q four times as wide), and some
-    more, as each coder takes whole ones.
+    A latent takes 258 words if q is the prior, and at most 310, if q is four times as wide. It
+    takes some more, because each coder takes whole words.
     """
     rng = np.random.default_rng(0)
     heads = rng.integers(2**32, 2**33, LANES, dtype=np.uint64)
@@ -375,9 +377,10 @@ def random_stack(K):
 
 
 def load_codec(folder, shape=None):
-    """A run's folder -> its Codec, for images of `shape`; without one also its dataset, else None.
+    """A run's folder -> its Codec, and its dataset, which is None if a `shape` is given.
 
-    UserError if best.pt is none of a vae.py or selfvae.py for such images.
+    The Codec is for images of `shape`, or else of the dataset. UserError if best.pt is not that of
+    a vae.py or selfvae.py for such images.
     """
     path = Path(folder, "best.pt")
     images = None
@@ -402,7 +405,7 @@ def load_codec(folder, shape=None):
 
 
 def fingerprint(codec, shape):
-    """A hash of what a certain image makes of the stack: of all networks, as they compute here."""
+    """A hash of the stack after a fixed image, so of all networks as they compute here."""
     values = torch.arange(math.prod(shape)).view(1, *shape) % 256
     stack = random_stack(codec.K)
     codec.push(stack, from_uint8(values.to(torch.uint8)))
@@ -411,7 +414,7 @@ def fingerprint(codec, shape):
 
 
 def refuse_to_overwrite(path):
-    """UserError if `path` exists, or the folder in which it is to be does not."""
+    """UserError if `path` exists, or if its folder does not."""
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten")
     if not path.parent.is_dir():
@@ -419,7 +422,7 @@ def refuse_to_overwrite(path):
 
 
 class Progress:
-    """Images a second, and every half minute a line of how many are done."""
+    """Counts images, gives their rate, and prints a line every half minute."""
 
     def __init__(self, count):
         self.count = count
@@ -427,7 +430,7 @@ class Progress:
         self.began = self.told = time.perf_counter()
 
     def step(self):
-        """One more is done."""
+        """Count one more image."""
         self.done += 1
         now = time.perf_counter()
         if now > self.told + 30:
@@ -435,7 +438,7 @@ class Progress:
             print(f"{self.done} of {self.count} images", file=sys.stderr, flush=True)
 
     def rate(self):
-        """Images a second, so far."""
+        """Images per second so far."""
         return self.done / (time.perf_counter() - self.began)
 
 
@@ -447,7 +450,7 @@ def first_images(images, count=None):
 
 
 def push_images(codec, test):
-    """Push them onto a new stack -> the stack, the bits it began with, images a second."""
+    """Push all images onto a new stack -> the stack, the bits it began with, images per second."""
     stack = random_stack(codec.K)
     at_first = stack.bits()
     progress = Progress(test.count)
@@ -458,9 +461,9 @@ def push_images(codec, test):
 
 
 def write(folder, path, count=None):
-    """The first `count` test images of the run's dataset -> FILE, and what it costs.
+    """Write the first `count` test images of the run's dataset to FILE, and print what it costs.
 
-    A line of JSON, the heads, then the words from the top of the stack down.
+    FILE has a line of JSON, the heads, and then the words from the top of the stack down.
     """
     path = Path(path)
     refuse_to_overwrite(path)
@@ -515,19 +518,20 @@ def read(folder, path):
     if not np.array_equal(stack.heads, first.heads) or stack.words != first.words:
         raise UserError(f"{damaged}: the stack does not end as it began")
     with open(target, "xb") as file:
-        np.save(file, np.stack(images[::-1]))  # the last one was on top
+        np.save(file, np.stack(images[::-1]))  # the last image was on top
     print(f"{count} images in {target}; {progress.rate():.2f} images/s")
 
 
 # ---- Sizes ---------------------------------------------------------------------------------------
 
 def sizes(folder, count=None):
-    """What the first `count` test images cost, as a Markdown table, in bits per dimension of x.
+    """Print what the first `count` test images cost in bits per dimension of x: a Markdown table.
 
-    A row for y_1, y_2, …, x: minus the bound on log p of it, one draw of z an image; what it adds
-    to a stack on which only it is coded; and what is popped of one image until it is seen, the mean
-    of the first ten, with the latents in full, as their bits have not yet come back. Then how much
-    lies on a stack at first; minus the importance-weighted bound; files of PNG and WebP.
+    y_1, y_2, …, x have a row each. Its columns are minus the bound on log p, with one draw of z per
+    image; what a stack gains if only this y or x is coded; and what is popped of an image until it
+    is seen, as a mean over the first ten. The last one has the latents in full, because their bits
+    have not come back yet. More rows have minus the importance-weighted bound, and files of PNG and
+    WebP. A line below says how many bits a stack begins with.
     """
     codec, images = load_codec(folder)
     test = first_images(images, count)
@@ -556,7 +560,7 @@ def sizes(folder, count=None):
 
 
 def picture_bits(image, name):
-    """How many bits a file of one of FORMATS has, headers included. image is uint8 (H, W, C)."""
+    """Bits of an image as a file in one of FORMATS, headers included. image is uint8 (H, W, C)."""
     file = io.BytesIO()
     TF.to_pil_image(image).save(file, name, **FORMATS[name])
     return 8 * len(file.getvalue())
@@ -565,8 +569,8 @@ def picture_bits(image, name):
 def photo(folder, path, side="64"):
     """Push a photograph's tiles of `side` pixels a side, pop them again, and print what they cost.
 
-    What is left over on its right and at its bottom is cut off. PNG and WebP have the same pixels,
-    in one file, so that they may learn from one tile for the next, as the model may not.
+    Pixels left over at the right and at the bottom are cut off. PNG and WebP have the same pixels
+    in one file, so they can learn from one tile for the next, which the model cannot.
     """
     if not side.isdecimal() or int(side) < 8:
         raise UserError(f"SIDE must be a whole number of at least 8, not {side}")
@@ -601,7 +605,7 @@ def photo(folder, path, side="64"):
 
 
 def popped_until_seen(codec, test):
-    """Mean bits that are popped of an image until y_1 is seen, y_2, …, x, over the first ten."""
+    """Bits popped of an image until y_1, y_2, …, x is seen, each a mean over the first ten."""
     popped = np.zeros(codec.K + 1)
     n = 0
     for x in itertools.islice(test, 10):

@@ -8,16 +8,16 @@
     importance    importance weighting against a plain loop of full
                   forward passes
     sampling      seconds to sample 1 and 100 images
-    roof          GFLOP/s of large matrix products, to hold steps against
+    roof          GFLOP/s of large matrix products, to compare steps with
     sides         dcvae.py on ProGAN's networks, grown to 512x512: a step
                   of each side, stable and fading
     streaming     a set that is read from disk against the same in memory
     threads       steps of selfvae.py --small by 1 and 2 threads, alone
                   and beside another busy program
     step vae 32 0 32 bf16
-                  one: script, side, levels, batch, mode; see `measure`
+                  one case: script, side, levels, batch, mode; see `measure`
 
-Each train step is measured in a process of its own.
+Each train step is measured in its own process.
 """
 
 import contextlib
@@ -68,9 +68,9 @@ def peak():
 
 
 def released_forward(block, h):
-    """A dense block in the order of work of the selfVAE authors' predecessor.
+    """A dense block that computes in the order of the selfVAE authors' earlier code.
 
-    ELU of the whole concatenation after each layer, none within.
+    An ELU is applied to the whole concatenation after each layer, and none within.
     """
     for layer in block.layers:
         h = F.elu(torch.cat([h, layer[2](layer[0](h))], 1))
@@ -84,7 +84,7 @@ def noise(batch, side):
 
 
 def make(script, side, levels=0):
-    """A bound's model at the paper's size, initialised."""
+    """An initialised model of the paper's size; one with a bound, so not dcvae."""
     torch.manual_seed(0)
     if script == "selfvae":
         model = selfvae.SelfVAE(selfvae.Config(levels=levels), (3, side, side))
@@ -101,8 +101,8 @@ def make(script, side, levels=0):
 def measure(script, side, levels, batch, mode, steps=3):
     """Print a row: images/s over `steps` training steps after two to warm up, peak memory, FLOPs.
 
-    Modes are fp32, bf16, compile (bf16) and released (fp32). A step of dcvae is its whole game:
-    images of D's updates. FLOPs are counted in the second step; what is compiled is not counted.
+    Modes are fp32, bf16, compile (bf16) and released (fp32). A step of dcvae is its whole game, and
+    its images are those of D's updates. FLOPs are counted in the second step, but not if compiled.
     """
     dtype = "bf16" if mode in ("bf16", "compile") else "fp32"
     counter = FlopCounterMode(display=False)
@@ -120,7 +120,7 @@ def measure(script, side, levels, batch, mode, steps=3):
 
 
 def bound_seconds(script, side, levels, batch, mode, steps, counter):
-    """Seconds a training step of vae, selfvae or realnvp."""
+    """Seconds per training step of vae, selfvae or realnvp."""
     model = make(script, side, levels)
     if mode == "released":
         for block in model.modules():
@@ -150,11 +150,11 @@ def bound_seconds(script, side, levels, batch, mode, steps, counter):
 
 
 def nothing(*arguments):
-    """In place of validation."""
+    """Takes the place of validation."""
 
 
 def game_seconds(cfg, side, steps, counter):
-    """Seconds a step of dcvae.py's own `train` on noise, from its log."""
+    """Seconds per step of dcvae.py's own `train` on noise, from its log."""
     dcvae.validate = nothing
     pixels = np.random.default_rng(0).integers(0, 256, (400, side, side, 3), np.uint8)
     images = common.Images("noise", side, pixels[:384], pixels[384:], pixels, None, False)
@@ -180,7 +180,7 @@ def step(*case):
 
 
 def growth():
-    """The table, and one panel for each thing that grows, logarithmic: seconds and GiB."""
+    """Print the table; draw one logarithmic panel for each thing that grows: seconds and GiB."""
     print(HEAD)
     measured = {}  # seconds, GiB, TFLOP
     for case in dict.fromkeys([*SIDES, *LEVELS, *BATCHES]):
@@ -222,9 +222,9 @@ def importance_seconds(S):
 
 
 def importance(S=32):
-    """Milliseconds an image and sample of eight images.
+    """Milliseconds per image and sample, for eight images.
 
-    Full forward passes in fp32, one after another; then log_weights of the same.
+    First full forward passes in fp32, one after another, then log_weights of the same images.
     """
     print("| model | how | ms an image and sample | times faster |\n|---|---|---|---|")
     x = noise(8, 32)
@@ -260,7 +260,7 @@ def sampling():
 
 
 def roof(side=4096):
-    """The best of five products of square matrices, by precision."""
+    """The fastest of five products of square matrices, for each precision."""
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(side, side, device=DEVICE).to(dtype)
         times = []
@@ -274,7 +274,7 @@ def roof(side=4096):
 def streaming(gib=6, side=64):
     """Training steps of vae.py --small, batch 32, in bf16, on a memory-mapped file of `gib` GiB.
 
-    And on as many of its images as fit into memory.
+    And on its first 10,000 images, which are kept in memory.
     """
     common.RESIDENT_BYTES = int(gib * 2**29)  # half of it
     count = int(gib * 2**30) // (3 * side**2)
@@ -307,7 +307,8 @@ def streaming(gib=6, side=64):
 
 
 def threads(steps=10):
-    """Seconds a step, by the clock and of the CPU, alone and beside a program that never waits."""
+    """Seconds per step, by the clock and of the CPU, alone and beside a program that never waits.
+    """
     print("| selfvae.py --small | dtype | batch | threads | beside it | s a step | CPU seconds |\n"
           "|---|---|---|---|---|---|---|")
     for size, levels, batch in ((16, 1, 8), (32, 1, 16), (64, 2, 8)):
@@ -348,7 +349,7 @@ def threads(steps=10):
 def sides(size=512, batch=4):
     """The second of two steps of every phase of dcvae.py grown to `size`, full width, bf16.
 
-    The batch is the same at every side: ProGAN's at 512x512, smaller than its others.
+    The batch is the same at every side. It is ProGAN's at 512x512, where it is smallest.
     """
     def keep(self, batch_size):
         self.batch_size = batch
@@ -381,7 +382,7 @@ def sides(size=512, batch=4):
 
 
 def main(words):
-    """One of the commands above; none: the train steps."""
+    """Run one of the commands above, or without a command the train steps."""
     if words[:1] == ["step"]:
         script, side, levels, batch, mode = words[1:]
         measure(script, int(side), int(levels), int(batch), mode)

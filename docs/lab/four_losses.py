@@ -2,8 +2,8 @@
 
     python docs/lab/four_losses.py OUT.png RUN_FOLDER …
 
-Eight test images; then, for each run, their reconstructions, with the pixel distance of
-results.json, and eight samples.
+The figure has eight test images, and then for each run their reconstructions, with the pixel
+distance of results.json, and eight samples.
 """
 
 import json

@@ -3,15 +3,15 @@
     python docs/lab/longruns.py …
 
     (no word)  run what is not finished, two at a time, one thread each, at
-               low priority; what was interrupted goes on where it was
+               low priority; interrupted runs continue where they stopped
     list       what is done, and how long the rest takes
     table      the rows of docs/lab/runs.md, from docs/lab/logs
     keep       copy the logs and results of finished runs to docs/lab/logs
     weights    write the trained models of finished runs to docs/models
 
-All take parts of names, and leave out all other runs: `… run imagenette`.
-Budgets are steps, so everybody gets the same run, on CPUs with AVX512-BF16; elsewhere networks are
-in fp32. On a GPU set `WORKERS` to 1.
+All commands take parts of names, and then leave out all other runs: `… run imagenette`.
+Budgets are steps, so everybody gets the same run on CPUs with AVX512-BF16. Elsewhere networks are
+fp32. On a GPU set `WORKERS` to 1.
 """
 
 import hashlib
@@ -86,12 +86,12 @@ COMMANDS = {
 for transform in ("grayscale", "posterize"):
     COMMANDS[f"cifar10-{transform}-exact"] = \
         f"selfvae.py --transform {transform} --exact --steps 3000 {CIFAR10}"
-for transform in ("sketch", "edges"):  # --exact takes none of them
+for transform in ("sketch", "edges"):  # --exact does not support these
     COMMANDS[f"cifar10-{transform}"] = f"selfvae.py --transform {transform} --steps 3000 {CIFAR10}"
 
 
 def run(name):
-    """Run a command line to its end, unless its results are there; add the core's time to it."""
+    """Run a command line to its end, unless its results exist; add up the core's time."""
     folder = RUNS / name
     if (folder / "results.json").exists():
         return
@@ -123,7 +123,7 @@ def rows_of(path):
 
 
 def progress(name):
-    """One line: done, or at which step of how many, and how many minutes are left at this rate."""
+    """One line: done, or the step, the number of steps, and the minutes left at this rate."""
     folder = RUNS / name
     if (folder / "results.json").exists():
         return f"{name:34} done"
@@ -138,7 +138,7 @@ def progress(name):
 
 
 def keep(name):
-    """Copy what docs/lab/runs.md is made of: the log, the results, the core's time, the command."""
+    """Copy what docs/lab/runs.md is made from: log, results, the core's time, the command."""
     folder = RUNS / name
     if not (folder / "results.json").exists():
         return
@@ -156,8 +156,8 @@ def keep(name):
 def weights(name):
     """Write the run's model alone, in fp16, to docs/models/{name}/best.pt, which --eval reads.
 
-    All tensors are views of one: each of its own would cost as much again for its place in the
-    file as a small one has numbers.
+    All tensors are views of one tensor. Stored alone, a small tensor would need as much space for
+    its entry in the file as for its numbers.
     """
     folder = RUNS / name
     if not (folder / "results.json").exists():
@@ -211,7 +211,7 @@ def row_of_terms(results, log):
 
 
 def row_of_games(results, log):
-    """The columns GAMES of a run of dcvae.py: of training the mean of the last 250 steps."""
+    """The columns GAMES of a run of dcvae.py; training columns are means of the last 250 steps."""
     training = [logged for logged in log if logged["split"] == "train"][-1]
     validations = [logged["pixel_distance"] for logged in log if logged["split"] == "valid"]
     accuracy = 100 * training["accuracy"] if "accuracy" in training else None
@@ -225,12 +225,12 @@ def row_of_games(results, log):
 
 
 def number(value, form):
-    """A cell, – for what a run does not have."""
+    """A cell of a table: – if the run does not have the value."""
     return "–" if value is None else format(value, form)
 
 
 def print_table(names, columns, row):
-    """The rows of docs/lab/runs.md: what a run's results, and its validations, say."""
+    """Print rows of docs/lab/runs.md, from the runs' results and validations."""
     print("| run | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name in names:
         path = LOGS / f"{name}-results.json"
@@ -242,7 +242,7 @@ def print_table(names, columns, row):
 
 
 def main(action="run", *parts):
-    """Do what the first word says, with the runs whose names have one of `parts`."""
+    """Do what the first word says, with the runs whose names contain one of `parts`."""
     names = []
     for name in COMMANDS:
         if not parts or any(part in name for part in parts):

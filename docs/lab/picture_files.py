@@ -1,4 +1,4 @@
-"""Bits per dimension of test images as lossless WebP and PNG files, one each, headers included.
+"""Bits per dimension of test images as lossless WebP and PNG, a file each, headers included.
 
     python docs/lab/picture_files.py data/cifar10-32
 """

@@ -2,20 +2,20 @@
 
     python docs/lab/where_bits_go.py RUN_FOLDER
 
-One row for each image that is decoded, y_1, …, y_K, x, with these columns:
+There is one row for each image that is decoded, y_1, …, y_K, x, with these columns:
 
-    bits/value    -log p of the image, for each of its own values
+    bits/value    -log p of the image, per value of this image
     bpd of x      the same in bits per dimension of x
     kl            of its latent, in bits per dimension of x
     in use        share of the latent's 1,024 values whose mean KL is above 0.05 nats
     error         rms of the image - mean of p(x|·), in pixel values
     spread        rms of a draw from p(x|·) around that mean, in pixel values: the decoder's own
-                  idea of its error
-    linear        bits/value that 16 latents to each 8th of the sides save in a linear model
-                  (probabilistic PCA against none), channels whitened, for the image itself or,
-                  above level 1, for what bilinear enlargement of the y below leaves of it
-    miss          rms of d(x̂) - y, x̂ drawn given y: how far p(x|y, z) is from using that y is
-                  known exactly
+                  estimate of its error
+    linear        bits/value that a linear model (probabilistic PCA) saves with 16 latents for each
+                  cell of an 8x8 grid, channels whitened. It models the image itself or, above
+                  level 1, the difference between the image and the bilinearly enlarged y below
+    miss          rms of d(x̂) - y, where x̂ is drawn given y: how far p(x|y, z) is from using the
+                  fact that y is known exactly
 """
 
 import importlib
@@ -41,9 +41,10 @@ def rms(a, b):
 
 
 def linear_gain(residual):
-    """Bits a value that 16 principal components of each 8x8th patch save, NaN if there are fewer.
+    """Bits per value saved by 16 principal components of each patch of an 8x8 grid.
 
-    They are ½ Σ log of the variances, all pooled against the first 16 apart. (B, C, H, W).
+    residual is (B, C, H, W). The saving is ½ Σ log of the variances, all pooled, minus the same
+    with the first 16 apart. It is NaN if there are no more than 16.
     """
     channels = torch.cov(residual.transpose(0, 1).flatten(1).double())
     whitening = torch.linalg.cholesky(torch.linalg.inv(channels)).T.float()
@@ -72,7 +73,7 @@ def load_run(folder, data_dir):
 
 
 def print_row(name, target, p_x, draw, kl, below, dims, in_use=math.nan, miss=math.nan):
-    """One row of the table: `draw` ~ p_x, `kl` in nats an image, a linear model adds to `below`."""
+    """Print a row: `draw` ~ p_x, `kl` in nats per image; the linear model adds to `below`."""
     nats = -p_x.log_prob(target).mean().item()
     mean = p_x.mean
     linear = math.nan
