@@ -11,8 +11,7 @@
 Encoder and decoder minimise these losses. The weight of kl is 6.4e-5, and 1 in vae (--kl_weight).
 The discriminator D plays against them in gan, and minimises the contrast together with them.
 
-    python dcvae.py --small --steps 400                built-in shapes, ten to twenty minutes on one
-                                                       CPU core
+    python dcvae.py --small --steps 400                built-in shapes, minutes on one CPU core
     python dcvae.py --dataset cifar10 --fid 50000      the paper's size, for a GPU: FID 17.9 in the
                                                        paper's Table 1
     python dcvae.py --dataset mnist --latent 16        representation: a linear classifier has

@@ -1190,8 +1190,8 @@ def train(cfg, model, images, folder, checkpoint):
     dims = math.prod(images.shape)
     total = cfg.steps or cfg.epochs * data.per_epoch
     # Adamax divides by the largest gradient so far, which decays by β₂ per step. The first
-    # gradients are large. With 0.999, the default as released, they slow down the first thousand
-    # steps.
+    # gradients are large. With 0.999, the default as released, they slow training down for
+    # thousands of steps.
     optimizer = torch.optim.Adamax(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-7,
                                    foreach=True)  # all parameters in a few calls
     if checkpoint is None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -52,6 +53,88 @@ def test_a_row_has_the_best_validation():
            (("train", 2.0), ("valid", 3.2), ("valid", 4.0))]
     assert longruns.row_of_bounds(results, log)[:3] == ["2", "3.200", "3.100"]
 
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+# What the papers report and our pages quote.
+QUOTED = {"3.24", "3.49", "3.51", "3.65", "3.70", "3.85", "46", "17.9", "21.4"}
+LOGS = ROOT / "docs" / "lab" / "logs"
+
+
+def results():
+    """{run: what docs/lab/logs has of it, and "minutes": of a core, else of training}."""
+    found = {}
+    for path in LOGS.glob("*-results.json"):
+        of_run = json.loads(path.read_text(encoding="utf-8"))
+        of_run["minutes"] = of_run.get("core_minutes", of_run["train_seconds"] / 60)
+        found[path.name.removesuffix("-results.json")] = of_run
+    return found
+
+
+def is_rounded(text, value):
+    """Whether "3.65" is `value`, rounded to as many digits."""
+    digits = len(text.partition(".")[2])
+    return isinstance(value, (int, float)) and f"{value:.{digits}f}" == text
+
+
+def rows_of(section):
+    """The cells of a section's table rows, without bold type."""
+    for line in section.splitlines():
+        if line.startswith("| "):
+            yield [cell.strip().replace("**", "") for cell in line.strip("| ").split(" | ")]
+
+
+def test_readme_table_is_of_the_runs():
+    """A row's bits, or squared error, and its minutes are of one run; † is of an earlier commit."""
+    section = TEXTS["README.md"].split("## What we found")[1].split("\n## ")[0]
+    rows = [cells for cells in rows_of(section) if cells[-1] in QUOTED]
+    assert len(rows) == 5
+    for _, _, minutes, here, _ in rows:
+        if "†" in here:
+            continue
+        right = []
+        for run, of_run in results().items():
+            value = of_run.get("elbo_bpd", of_run.get("pixel_distance"))
+            if is_rounded(here, value) and is_rounded(minutes, of_run["minutes"]):
+                right.append(run)
+        assert right, (minutes, here)
+
+
+def test_results_table_is_of_the_runs():
+    """The run that a row names has its number and its minutes."""
+    section = TEXTS["results.md"].split("## Ten rows")[1].split("\n## ")[0]
+    of_runs = results()
+    named = 0
+    for _, here, minutes, run in rows_of(section):
+        if "†" not in here and run in of_runs:
+            value = of_runs[run].get("elbo_bpd", of_runs[run].get("pixel_distance"))
+            assert is_rounded(here.split()[0], value), (run, here)
+            assert is_rounded(minutes, of_runs[run]["minutes"]), (run, minutes)
+            named += 1
+    assert named >= 3
+
+
+CLAIM = re.compile(r"(\d+\.\d+)(†?) (?:bits\s+per\s+dimension|bpd)|FID,? (?:of )?(\d+\.\d+)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "running.md", *[f"{s}.py" for s in SCRIPTS]])
+def test_a_number_is_of_a_run_or_of_a_paper(page):
+    """Bits per dimension and FID in README, running.md and the docstrings at the scripts' heads."""
+    text = TEXTS.get(page) or ast.get_docstring(ast.parse(SOURCES[page]))
+    printed = [of_run.get("elbo_bpd") for of_run in results().values()]
+    for bits, old, fid in CLAIM.findall(text):
+        ours = any(is_rounded(bits, value) for value in printed)
+        assert old or ours or (bits or fid) in QUOTED, (page, bits or fid)
+
+
+def test_what_the_first_command_prints():
+    """README shows lines of docs/lab/logs/first-command.txt."""
+    block = re.search(r"```\n(.*?)```", TEXTS["README.md"].split("It ends with")[1], re.S)[1]
+    log = (LOGS / "first-command.txt").read_text(encoding="utf-8").splitlines()
+    assert set(block.splitlines()) - {"…"} <= set(log)
+
+
+# ---- Names ---------------------------------------------------------------------------------------
 
 # Files of the papers' codes.
 RELEASED = {"loss.py", "distributions.py", "srvae.py", "nn_layers.py", "train.py", "main.py",
@@ -416,8 +499,9 @@ def test_figures_can_be_drawn(folder, tiny_data):
         np.save(folder / "mnist-32" / f"{split}-labels.npy", np.zeros(len(images), np.uint8))
     figures.levels()
     figures.mixture()
+    figures.growth()
     figures.holes(folder, 2)
-    for name in ("levels", "mixture", "holes"):
+    for name in ("levels", "mixture", "growth", "holes"):
         assert matplotlib.image.imread(folder / f"{name}.png").std() > 0.05, name
     with pytest.raises(SystemExit, match="takes one of vae.py"):
         figures.tighten(save_untrained(folder, "realnvp"))
@@ -439,6 +523,28 @@ def test_figures_of_x_given_y(draw, other, rows, folder, tiny_data):
     assert np.array_equal(pictures[1][:, ::2, ::2], halved(x))
     if exact:
         assert np.array_equal(halved(pictures[2]), halved(x)) and not pictures[3].any()
+
+
+def test_the_heros_rows(folder, tiny_data):
+    """Six photographs, half their size, bicubic, and a draw whose halves are the same."""
+    run = save_untrained(folder / "a", "selfvae", exact=True, data_dir=str(tiny_data))
+    figures.hero(run, data_dir=tiny_data)
+    x, y, bicubic, draw = pictures_on(folder / "hero.png", 16, columns=6)
+    assert np.array_equal(x, np.load(tiny_data / "shapes-16" / "test.npy")[:6])
+    assert np.array_equal(y[:, ::2, ::2], halved(x)) and np.array_equal(halved(draw), halved(x))
+    assert not np.array_equal(bicubic, draw)
+
+
+def test_figure_of_a_stack(folder, tiny_data):
+    """It takes a run of vae.py with --prior normal and no other."""
+    for prior in ("realnvp", "normal"):
+        run = save_untrained(folder / prior, "vae", prior=prior, data_dir=str(tiny_data))
+        if prior == "normal":
+            figures.stack(run)
+        else:
+            with pytest.raises(SystemExit, match="--prior normal"):
+                figures.stack(run)
+    assert matplotlib.image.imread(folder / "stack.png").std() > 0.05
 
 
 def test_figure_of_enlarged_images(folder, tiny_data):

@@ -4,7 +4,7 @@
 
     (no word)     train step of every script and mode
     growth        the same against size, levels, batch; importance
-                  weighting against S; docs/figures/growth.png
+                  weighting against S (figures.py draws it, from the log)
     importance    importance weighting against a plain loop of full
                   forward passes
     sampling      seconds to sample 1 and 100 images
@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,34 +179,13 @@ def step(*case):
 
 
 def growth():
-    """Print the table; draw one logarithmic panel for each thing that grows: seconds and GiB."""
+    """Print a row for each side, level and batch, and for each S the seconds for one image."""
     print(HEAD)
-    measured = {}  # seconds, GiB, TFLOP
     for case in dict.fromkeys([*SIDES, *LEVELS, *BATCHES]):
-        cells = [cell.strip() for cell in step(*case).split("|")]
-        batch = case[3]
-        tflop = float(cells[7]) * batch / 1000
-        measured[case] = (batch / float(cells[5]), float(cells[6]), tflop)
-    samples = {S: importance_seconds(S) for S in (1, 4, 16, 64)}
-    for S, seconds in samples.items():
-        print(f"| importance weighting, vae 32x32, one image, bf16 | S = {S} | {seconds:.3f} s |")
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    *panels, last = figure.subplots(1, 4)
-    groups = (("side of the images (vae)", SIDES, 1), ("levels K (selfvae, 64x64)", LEVELS, 2),
-              ("batch (vae, 32x32)", BATCHES, 3))
-    for axes, (title, cases, position) in zip(panels, groups):
-        ticks = [case[position] for case in cases]
-        for column, name in enumerate(("seconds a step", "GiB", "TFLOP a step")):
-            axes.plot(ticks, [measured[case][column] for case in cases], ".-", label=name)
-        axes.set(title=title, yscale="log", xscale="linear" if 0 in ticks else "log",
-                 xticks=ticks, xticklabels=ticks)
-        axes.minorticks_off()
-    panels[1].legend(fontsize="small", loc="center")
-    last.plot(list(samples), list(samples.values()), ".-")
-    last.set(title="S (one image), seconds", xscale="log", yscale="log",
-             xticks=list(samples), xticklabels=list(samples))
-    last.minorticks_off()
-    figure.savefig(ROOT / "docs" / "figures" / "growth.png", dpi=80)
+        step(*case)
+    for S in (1, 4, 16, 64):
+        print(f"| importance weighting, vae 32x32, one image, bf16 | S = {S} | "
+              f"{importance_seconds(S):.3f} s |")
 
 
 def importance_seconds(S):
@@ -389,6 +367,8 @@ def main(words):
     elif words:
         commands = {f.__name__: f for f in (growth, importance, sampling, roof, sides,
                                              streaming, threads)}
+        if words[0] not in commands:
+            sys.exit(__doc__)
         command = commands[words[0]]
         command()
     else:

@@ -26,6 +26,8 @@
                 the end of each side, from its samples/
     race        a second: the bound of VAE and selfVAE during training, over
                 images seen and over time, from docs/lab/logs
+    growth      a second: time, memory and work of a training step against
+                size, levels and batch, from docs/lab/logs
     stack RUN_FOLDER
                 seconds: the bits on the stack while docs/compress.py writes
                 three test images by a vae.py with --prior normal
@@ -481,6 +483,53 @@ def race(batch_size=8):
     figure.savefig(FOLDER / "race.png", dpi=90)
 
 
+# ---- growth --------------------------------------------------------------------------------------
+
+LINES = {"time": "o-", "memory": "s--", "FLOPs": "^:"}
+
+
+def growth():
+    """What a training step costs, as multiples of the leftmost point of each panel.
+
+    From docs/lab/logs/benchmark-growth.txt: {what grows: {tick: (time, memory, FLOPs)}}; of the
+    importance samples S only the time was measured.
+    """
+    panels = {"side (VAE, batches of 4)": {}, "levels K (selfVAE, 64x64)": {},
+              "batch (VAE, 32x32)": {}, "S (VAE, one image)": {}}
+    by_side, by_level, by_batch, by_samples = panels.values()
+    for line in (LOGS / "benchmark-growth.txt").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].startswith("importance"):
+            by_samples[int(cells[1].split()[-1])] = (float(cells[2].split()[0]),)
+        elif cells[0].startswith(("vae", "selfvae")):
+            side = int(cells[1])
+            batch = int(cells[2])
+            rate, memory, work = (float(cell) for cell in cells[4:7])
+            costs = (batch / rate, memory, batch * work)
+            if cells[0] != "vae":
+                by_level[int(cells[0].split()[-1])] = costs
+            else:
+                if batch == 4:
+                    by_side[side] = costs
+                if side == 32:
+                    by_batch[batch] = costs
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(1, 4, sharey=True), panels.items()):
+        ticks = sorted(points)
+        first = points[ticks[0]]
+        for i, name in enumerate(list(LINES)[:len(first)]):
+            ratios = [points[tick][i] / first[i] for tick in ticks]
+            axes.plot(ticks, ratios, LINES[name], label=name)
+        axes.set_xscale("linear" if 0 in ticks else "log")
+        axes.set(title=title, yscale="log", ylim=(0.9, 45), xticks=ticks, xticklabels=ticks)
+        axes.set_yticks([1, 2, 4, 8, 16, 32], ["1x", "2x", "4x", "8x", "16x", "32x"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("times the leftmost point")
+    figure.axes[0].legend()
+    figure.savefig(FOLDER / "growth.png", dpi=80)
+
+
 # ---- stack ---------------------------------------------------------------------------------------
 
 MOVES = {"pop z by q(z|x)": "C3", "push x by p(x|z)": "C0", "push z by p(z)": "C2"}
@@ -532,7 +581,7 @@ def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
                "hero": hero, "exact": exact, "given": given, "enlarge": enlarge, "sides": sides,
-               "race": race, "stack": stack}
+               "race": race, "growth": growth, "stack": stack}
     folders = {"tighten": 1, "hero": 1, "exact": 2, "given": 5, "enlarge": 1, "sides": 1,
                "stack": 1}
     name, *arguments = words or [""]
