@@ -11,8 +11,11 @@
     holes       minutes: MNIST (downloaded) with two latents; codes of all
                 images, prior, draws, for N(0, 1) and for a flow
     hero RUN_FOLDER
-                seconds: README's first picture, six test images, halved, and
+                seconds: README's first picture, four test images, halved, and
                 enlarged again by bicubic interpolation and by a selfvae.py
+    moons RUN_FOLDER
+                a second: README's second picture, four panels of the one that
+                `realnvp.py --dataset moons` draws
     exact RUN_FOLDER RUN_FOLDER
                 seconds: draws of x given y by a selfvae.py without and with
                 --exact, and how far their d is from y
@@ -369,12 +372,26 @@ def given_y(run, data_dir):
 
 
 def hero(run, data_dir="data"):
-    """Six test images, half their size, and two ways back: bicubic, and a draw of x given y."""
+    """Four test images, half their size, and two ways back: bicubic, and a draw of x given y."""
     of = given_y(run, data_dir)
     rows = {"photograph": of["x"], "half its size": selfvae.enlarged(of["y"], of["x"]),
             "bicubic": selfvae.bicubic(of["y"], of["x"]), "drawn by the model": of["draw"]}
-    rows = {name: images[:6] for name, images in rows.items()}
+    for name, images in rows.items():
+        rows[name] = F.interpolate(images[:4], scale_factor=2)
     save_sheet(FOLDER / "hero.png", of["title"], rows, keep_columns=True)
+
+
+def moons(run):
+    """Noise, two steps on the way, and the moons: of a picture of 3 rows of 4 panels."""
+    picture = Image.open(Path(run, "samples", "test.png"))
+    width = picture.width // 4
+    height = picture.height // 3
+    small = Image.new("RGB", (2 * width, 2 * height))
+    for i, (row, column) in enumerate(((0, 2), (1, 1), (2, 0), (2, 2))):
+        panel = picture.crop((column * width, row * height, (column + 1) * width,
+                              (row + 1) * height))
+        small.paste(panel, (i % 2 * width, i // 2 * height))
+    small.save(FOLDER / "moons.png")
 
 
 def exact(*runs, data_dir="data"):
@@ -580,10 +597,10 @@ def stack(run, count=3):
 def main(words):
     """Draw the figure that the command line asks for -> the exit code."""
     figures = {"levels": levels, "mixture": mixture, "tighten": tighten, "holes": holes,
-               "hero": hero, "exact": exact, "given": given, "enlarge": enlarge, "sides": sides,
-               "race": race, "growth": growth, "stack": stack}
-    folders = {"tighten": 1, "hero": 1, "exact": 2, "given": 5, "enlarge": 1, "sides": 1,
-               "stack": 1}
+               "hero": hero, "moons": moons, "exact": exact, "given": given, "enlarge": enlarge,
+               "sides": sides, "race": race, "growth": growth, "stack": stack}
+    folders = {"tighten": 1, "hero": 1, "moons": 1, "exact": 2, "given": 5, "enlarge": 1,
+               "sides": 1, "stack": 1}
     name, *arguments = words or [""]
     if name not in figures or len(arguments) != folders.get(name, 0):
         print(__doc__, file=sys.stderr)
