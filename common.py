@@ -861,10 +861,10 @@ def bin_edges(low, high):
 def log_mass(edges, mean, inverse_scale):
     """The log of a logistic variable's probability between two edges, lower and upper.
 
-    With a = (upper - μ)/s and b = (lower - μ)/s it is σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). The
-    log is a sum of three terms that neither cancel nor underflow, however improbable the values
-    are. (PixelCNN++ needs an approximation there.)
+    It is exact however improbable the values are. (PixelCNN++ needs an approximation there.)
     """
+    # With a = (upper - μ)/s and b = (lower - μ)/s, σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b-a)). The log
+    # of the right side is a sum of three terms that neither cancel nor underflow.
     lower, upper = edges
     log_above = F.logsigmoid((mean - lower) * inverse_scale)  # log σ(-b)
     log_below = F.logsigmoid((upper - mean) * inverse_scale)  # log σ(a)
@@ -1286,10 +1286,10 @@ def feature_statistics(inception, batches):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½) ≥ 0 of two Gaussians (Heusel et al. 2017, Eq. (6)).
 
-    With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. As AᵀΣ₂A is
-    symmetric, its eigenvalues are real, and those below 0 are rounding errors. This also holds if a
-    covariance is singular, as with fewer images than features.
+    A covariance may be singular, as with fewer images than features.
     """
+    # With Σ₁ = A Aᵀ, Σ₁Σ₂ has the eigenvalues λ of AᵀΣ₂A, so tr (Σ₁Σ₂)^½ = Σ √λ. As AᵀΣ₂A is
+    # symmetric, its eigenvalues are real, and those below 0 are rounding errors.
     cov1 = cov1.double()
     cov2 = cov2.double()
     values, vectors = torch.linalg.eigh(cov1)

@@ -18,9 +18,9 @@ def random_model(seed):
 
 
 def test_terms_are_averages_over_x_and_z():
-    """Those of the integrand, by quadrature: x - y and z at ± one sd along each axis.
+    """By quadrature: both are polynomials of degree 2, so ten points average them exactly.
 
-    Both integrands are polynomials of degree 2, of which such points average exactly.
+    The points are ±√5 along each axis of (L⁻¹(x - y), ε), where Σ = L Lᵀ.
     """
     sigma, w, C = random_model(0)
     a = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
@@ -51,13 +51,14 @@ def test_with_the_exact_posterior_the_bound_is_log_p():
 
 
 @pytest.mark.parametrize("decoder", ["fixed", "diagonal"])
+@pytest.mark.parametrize("n, s, threshold", [(4, 1.2, 0.147), (3, 1.1, 0.105)])
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.4])
-def test_a_trained_z_is_as_awake_as_the_closed_form_says(rho, decoder):
-    """0.1 is below the threshold of the fixed decoder, 0.147, and 0.4 above it."""
-    _, kl = sleep.train(rho, decoder)
-    closed = sleep.kl_of_the_best(rho, decoder)
-    assert kl == pytest.approx(closed, abs=1e-4)
-    assert (closed > 0) == (rho > (0.147 if decoder == "fixed" else 0))
+def test_a_trained_z_is_as_awake_as_the_closed_form_says(rho, n, s, threshold, decoder):
+    """The fixed decoder's threshold is (s² - 1) / (n - 1): 0.1 is below it, and 0.4 above it."""
+    _, kl = sleep.train(rho, decoder, n=n, s=s)
+    closed = sleep.kl_of_the_best(rho, decoder, n, s)
+    assert kl == pytest.approx(closed, abs=2e-3)
+    assert (closed > 0) == (rho > (threshold if decoder == "fixed" else 0))
 
 
 def test_a_full_decoder_gains_nothing_from_z():
