@@ -357,7 +357,7 @@ def sketch(x):
     """Pencil sketch by colour dodge (A.6): grayscale divided by its blur, so flat areas are white.
 
     dodge(a, b) = 255 a / (255 - b), where b is the blurred inverse of a. The blur's binomial
-    weights are a Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
+    weights approximate a Gaussian of σ = √2 pixels. (B, C, H, W) -> (B, 1, H, W).
     NOTE(paper): the paper gives no kernel, and the edge-preserving filter that it cites is another
     algorithm. In black areas the formula is 0 / 0. Here a and 255 - b are one larger than in the
     formula, so black areas turn white like all flat areas.
