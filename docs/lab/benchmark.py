@@ -44,7 +44,7 @@ import realnvp  # noqa: E402
 import selfvae  # noqa: E402
 import vae  # noqa: E402
 
-HEAD = ("| model | side | batch | mode | images/s | GiB | GFLOP an image | GFLOP/s |\n"
+HEAD = ("| model | side | batch | mode | images/s | GiB | GFLOP per image | GFLOP/s |\n"
         "|---|---|---|---|---|---|---|---|")
 CASES = [  # script, side of the images, levels, batch, mode
     ("vae", 32, 0, 32, "released"), ("vae", 32, 0, 32, "fp32"), ("vae", 32, 0, 32, "bf16"),
@@ -204,7 +204,7 @@ def importance(S=32):
 
     First full forward passes in fp32, one after another, then log_weights of the same images.
     """
-    print("| model | how | ms an image and sample | times faster |\n|---|---|---|---|")
+    print("| model | how | ms per image and sample | times faster |\n|---|---|---|---|")
     x = noise(8, 32)
     for script, levels in (("vae", 0), ("selfvae", 1)):
         model = make(script, 32, levels)
@@ -281,13 +281,13 @@ def streaming(gib=6, side=64):
                 optimizer.step()
                 times.append(time.perf_counter() - start)
             kept = "resident" if data.resident else "memory-mapped"
-            print(f"{name} ({kept}): {sum(times[2:]) / 20:.3f} s a step of 32 images", flush=True)
+            print(f"{name} ({kept}): {sum(times[2:]) / 20:.3f} s per step of 32 images", flush=True)
 
 
 def threads(steps=10):
     """Seconds per step, by the clock and of the CPU, alone and beside a program that never waits.
     """
-    print("| selfvae.py --small | dtype | batch | threads | beside it | s a step | CPU seconds |\n"
+    print("| selfvae.py --small | dtype | batch | threads | beside it | s per step | CPU s |\n"
           "|---|---|---|---|---|---|---|")
     for size, levels, batch in ((16, 1, 8), (32, 1, 16), (64, 2, 8)):
         cfg = selfvae.Config(small=True, exact=True, size=size, levels=levels, device="cpu")
@@ -341,7 +341,7 @@ def sides(size=512, batch=4):
     pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), np.uint8)
     images = common.Images("noise", size, pixels[:18], pixels[18:], pixels[18:], None, False)
     model = dcvae.DCVAE(cfg, (3, size, size)).to(DEVICE, memory_format=torch.channels_last)
-    print("| side | α | seconds a step | µs a pixel | GiB so far |\n|---|---|---|---|---|")
+    print("| side | α | seconds per step | µs per pixel | GiB so far |\n|---|---|---|---|---|")
     times = []
 
     def note(folder, state, total, terms, batch_size, dims=None):

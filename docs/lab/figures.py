@@ -211,7 +211,7 @@ def tighten_linear(axes):
     axes.plot(SAMPLES, -variance / (2 * torch.tensor(SAMPLES)), "k--", linewidth=0.8,
               label="-Var(w) / (2 S p(x)²)")
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xscale="log", xlabel="S", ylabel="bound - log p(x), nats an image", ylim=(-1.5, 0.1),
+    axes.set(xscale="log", xlabel="S", ylabel="bound - log p(x), nats per image", ylim=(-1.5, 0.1),
              title="log p(x) known")
     axes.legend(fontsize=8)
 
@@ -316,7 +316,7 @@ def draw_holes(row, name, model, images):
     re_x, kl_z = model.terms(x)
     re = re_x.mean().item()
     kl = kl_z.mean().item()
-    print(f"{name}: validation, nats an image: re {re:.1f} + kl {kl:.2f} = {re + kl:.1f}")
+    print(f"{name}: validation, nats per image: re {re:.1f} + kl {kl:.2f} = {re + kl:.1f}")
 
     posterior = model.posterior(x)
     z = posterior.sample()
@@ -337,12 +337,17 @@ def draw_holes(row, name, model, images):
     mosaic = means.view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256)
 
     of_codes, of_prior, of_draws = row
-    of_codes.scatter(codes[:4000, 0], codes[:4000, 1], s=1, c=images.labels["valid"][:4000],
-                     cmap="tab10", linewidths=0)
-    of_codes.set(title=f"{name}: draws from q(z)", xlim=(left, right), ylim=(low, high))
+    labels = torch.tensor(images.labels["valid"])
+    of_codes.scatter(codes[:4000, 0], codes[:4000, 1], s=1, c=labels[:4000], cmap="tab10",
+                     linewidths=0)
+    for digit in labels.unique().tolist():
+        middle = codes[labels == digit].median(0).values
+        of_codes.annotate(str(digit), middle.tolist(), weight="bold", size=13, ha="center",
+                          va="center")
+    of_codes.set(title=f"{name}: draws from q(z), by digit", xlim=(left, right), ylim=(low, high))
     of_prior.imshow(log_p.numpy(), origin="lower", extent=(left, right, low, high), cmap="magma",
                     vmin=log_p.max() - 7, aspect="auto")
-    of_prior.set(title=f"log p(z); ELBO {-re - kl:.1f}, waste {waste:.2f} nats")
+    of_prior.set(title=f"log p(z)\nELBO {-re - kl:.1f}, waste {waste:.2f} nats")
     of_draws.imshow(mosaic.numpy(), cmap="gray")
     of_draws.set(title="means of p(x|z), z ~ p(z)", xticks=[], yticks=[])
 
