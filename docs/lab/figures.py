@@ -142,16 +142,16 @@ def mixture():
     top.plot(line, density, color="C0")
     top.axvspan(-1.4, -1 + 1 / 255, color="0.9")
     top.axvspan(1 - 1 / 255, 1.4, color="0.9")
-    top.set(ylabel="density", title="grey: what the two edge levels own")
+    top.set(ylabel="density", title="shaded: what pixel values 0 and 255 own")
     middle.bar(x.numpy(), log_p.exp().numpy(), 2 / 255, color="C1")
     total = log_p.exp().sum()
     of_black = log_p[0].exp()
-    middle.set(ylabel="P(level)",
-               title=f"256 probabilities, sum {total:.6f}; level 0 has {of_black:.3f}")
+    middle.set(ylabel="P(value)",
+               title=f"256 probabilities, sum {total:.6f}; value 0 has {of_black:.3f}")
     bottom.plot(x, log_p, color="C1", label="mixture")
     bottom.plot(x, log_p_sharpest, color="C2", label="its sharpest component alone")
-    bottom.plot(x, (above - below).log(), "k.", markersize=3, label="that by σ(a) - σ(b), in fp32")
-    bottom.set(ylabel="log P(level), nats", xlabel="x", xlim=(-1.4, 1.4), ylim=(-60, 2))
+    bottom.plot(x, (above - below).log(), "k.", markersize=3, label="as σ(a) - σ(b), in fp32")
+    bottom.set(ylabel="log P(value), nats", xlabel="x", xlim=(-1.4, 1.4), ylim=(-60, 2))
     bottom.legend(fontsize=8)
     figure.savefig(FOLDER / "mixture.png", dpi=90)
 

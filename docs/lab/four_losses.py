@@ -24,12 +24,14 @@ def main(out, *folders):
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         side = cfg["size"] or DATASETS.get(cfg["dataset"], (64,))[0]
         reconstructions = folder / "reconstructions" / "test.png"
-        rows["x"] = row_of_sheet(reconstructions, side, 0)
-        distance = f"{results['pixel_distance']:.1f}"
-        rows[f"{folder.name}: x̂, {distance}"] = row_of_sheet(reconstructions, side, 1)
-        rows[f"{folder.name}: x̃"] = row_of_sheet(folder / "samples" / "test.png", side)
-    save_sheet(Path(out), f"dcvae.py, {cfg['dataset']} {side}x{side}, test\n"
-               "reconstructions, with their pixel distance, and samples", rows, keep_columns=True)
+        rows["test images"] = row_of_sheet(reconstructions, side, 0)
+        distance = f"{results['pixel_distance']:.0f}"
+        name = f"{folder.name}: x̂, distance {distance}"
+        rows[name] = row_of_sheet(reconstructions, side, 1)
+        rows[f"{folder.name}: samples"] = row_of_sheet(folder / "samples" / "test.png", side)
+    save_sheet(Path(out), f"dcvae.py, {cfg['dataset']} {side}x{side}\n"
+               "reconstructions x̂ (lower pixel distance is nearer) and samples", rows,
+               keep_columns=True)
 
 
 if __name__ == "__main__":
