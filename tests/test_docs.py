@@ -621,10 +621,9 @@ def test_numeric_example(page):
 # ---- Commands: all parse (test_agreements), the cheap ones are run -------------------------------
 
 def cheap_commands():
-    """Commands of README, the course and running.md without a download: [(script, argument, …)]."""
+    """Commands of README and running.md that need no download: [(script, argument, …)]."""
     found = {}
-    pages = [TEXTS[page] for page in ("README.md", "docs/README.md", "running.md")]
-    for script, words in commands("\n".join(pages)):
+    for script, words in commands(TEXTS["README.md"] + TEXTS["running.md"]):
         if script in MODELS and not {*words} & {"cifar10", "imagenette", "--fid"}:
             found[script, *words] = None
     return list(found)
