@@ -81,7 +81,6 @@ COMMANDS = {
         "--phase_steps 300 --eval_every 300 --batch_size 8 --kl_weight 3e-3 --momentum 0.99 "
         "--ema 0.99 --negatives 2048 --eval_images 500",
     "dcvae-mnist": f"dcvae.py --dataset mnist --latent 32 --kl_weight 3e-3 {GAME}",
-    "dcvae-mnist-z16": f"dcvae.py --dataset mnist --latent 16 --kl_weight 3e-3 {GAME}",
     "dcvae-mnist-vae": f"dcvae.py --dataset mnist --latent 32 --loss vae {GAME}",
 }
 for transform in ("grayscale", "posterize"):
