@@ -211,7 +211,7 @@ def row_of_terms(results, log):
 
 
 def row_of_games(results, log):
-    """The columns GAMES of a run of dcvae.py; training columns are means of the last 250 steps."""
+    """The columns GAMES of a run of dcvae.py; those of training are its last logged means."""
     training = [logged for logged in log if logged["split"] == "train"][-1]
     validations = [logged["pixel_distance"] for logged in log if logged["split"] == "valid"]
     accuracy = 100 * training["accuracy"] if "accuracy" in training else None
